@@ -1,0 +1,1 @@
+"""FlashAttention and the KV cache in pure Python."""
