@@ -1,0 +1,87 @@
+"""Arrays of any library in, the same library's arrays out, without a copy wherever the memory allows it.
+
+NumPy has no bfloat16 of its own and DLPack cannot hand NumPy one, so bfloat16 travels as `ml_dtypes.bfloat16`, for torch
+through a 16-bit integer view of the same memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["as_numpy", "like"]
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def as_numpy(array: Any, name: str) -> NDArray[Any]:
+    """View an array of any library as NumPy's, sharing its memory.
+
+    Args:
+        array: A NumPy array or anything with `__dlpack__` whose memory is on the CPU.
+        name: The argument's name, for the error.
+
+    Raises:
+        TypeError: It is no array.
+        ValueError: It lives on another device, or is part of an autograd graph.
+    """
+    if isinstance(array, np.ndarray):
+        return array
+    if _is_torch(array):
+        return _torch_as_numpy(array, name)
+    if hasattr(array, "__dlpack__"):
+        if array.__dlpack_device__()[0] != 1:  # kDLCPU
+            raise ValueError(f"{name} must be in host memory for backend 'cpu', got device {array.__dlpack_device__()}")
+        try:
+            return np.from_dlpack(array)
+        except (BufferError, RuntimeError, TypeError):  # a dtype that NumPy's DLPack does not know, such as bfloat16
+            return np.asarray(array)
+    if hasattr(array, "__cuda_array_interface__"):
+        raise ValueError(f"{name} must be in host memory for backend 'cpu', got a CUDA array ({_type_name(array)})")
+    raise TypeError(f"{name} must be a NumPy array or have __dlpack__, got {_type_name(array)}")
+
+
+def like(template: Any, result: NDArray[Any]) -> Any:
+    """Hand `result` over as an array of the library that `template` comes from, sharing the memory."""
+    if isinstance(template, np.ndarray):
+        return result
+    if _is_torch(template):
+        import torch
+
+        if result.dtype == _BFLOAT16:
+            return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(result)
+    namespace = template.__array_namespace__() if hasattr(template, "__array_namespace__") else None
+    if namespace is None:
+        namespace = sys.modules[type(template).__module__.partition(".")[0]]
+    if result.dtype == _BFLOAT16:
+        return namespace.asarray(result)
+    return namespace.from_dlpack(result)
+
+
+def _is_torch(array: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def _torch_as_numpy(tensor: Any, name: str) -> NDArray[Any]:
+    import torch
+
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} must be in host memory for backend 'cpu', got device {tensor.device}")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} must not require grad (there is no backward pass): use {name}.detach() or no_grad()")
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        bits: NDArray[Any] = tensor.view(torch.int16).numpy()
+        return bits.view(_BFLOAT16)
+    array: NDArray[Any] = tensor.numpy()
+    return array
+
+
+def _type_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
