@@ -1,8 +1,8 @@
 """Keys and values as runs of tokens: the one form in which the CPU kernels read them.
 
-A run is a stretch of consecutive positions whose tokens lie at a constant stride. A contiguous tensor is one run, a page
-of the ring is one, the tokens of the step that is being computed are one. So the same kernels serve `attention`, the
-cache and a batch of caches, and nothing is ever copied together.
+A run is a stretch of consecutive positions whose tokens lie at a constant stride. A contiguous tensor is one run, a
+page of the ring is one, the tokens of the step that is being computed are one. So the same kernels serve `attention`,
+the cache and a batch of caches, and nothing is ever copied together.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ __all__ = [
     "V_TOKEN_STRIDE",
     "KVRuns",
     "Visibility",
+    "contiguous_run",
 ]
 
 # Columns of a run: addresses and strides in bytes, the position of its first token, the number of its tokens.
@@ -79,3 +80,15 @@ class Visibility:
     left: NDArray[np.int64]
     right: NDArray[np.int64]
     sinks: NDArray[np.int64]
+
+
+def contiguous_run(k: NDArray[Any], v: NDArray[Any], start: int) -> NDArray[np.int64]:
+    """Return the row of `KVRuns.table` for keys (T, Hkv, D) and values (T, Hkv, Dv) whose first token is at `start`."""
+    row = np.empty((1, RUN_FIELDS), np.int64)
+    row[0, K_ADDRESS] = k.ctypes.data
+    row[0, V_ADDRESS] = v.ctypes.data
+    row[0, START] = start
+    row[0, COUNT] = len(k)
+    row[0, K_TOKEN_STRIDE], row[0, K_HEAD_STRIDE] = k.strides[:2]
+    row[0, V_TOKEN_STRIDE], row[0, V_HEAD_STRIDE] = v.strides[:2]
+    return row
