@@ -1,0 +1,1 @@
+"""`numbaflash demo`: a real language model whose attention runs in the service."""

@@ -1,0 +1,164 @@
+"""A Llama-shaped language model in NumPy whose attention is somebody else's work.
+
+``Llama.forward`` computes the embedding, projections, rotary positions and MLPs; for attention it calls
+``attention.step(layer, q, k, v)``, which a ``numbaflash.RingKVCache`` answers in process and a client's ``Session``
+over the wire. The model keeps no state: the tokens seen so far live in that object alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .weights import Checkpoint
+
+Array = npt.NDArray[np.float32]
+
+
+class Attention(Protocol):
+    """What holds the KV cache."""
+
+    def step(self, layer: int, q: Array, k: Array, v: Array) -> Array:
+        """Append k, v (T, Hkv, D) to ``layer`` and return causal attention of q (T, Hq, D) to all it holds."""
+        ...
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of the model, as the GGUF keys ``llama.*`` give it.
+
+    Attributes:
+        num_layers: transformer blocks.
+        num_heads: query heads.
+        num_kv_heads: key and value heads.
+        head_dim: features of a head.
+        context_length: positions that the model was trained on.
+        rope_base: base of the rotary frequencies.
+        norm_epsilon: added to the mean square in RMSNorm.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    context_length: int
+    rope_base: float
+    norm_epsilon: float
+
+    @classmethod
+    def from_gguf(cls, fields: dict[str, Any]) -> LlamaConfig:
+        """Read the shape from a GGUF file's metadata."""
+        return cls(
+            num_layers=fields["llama.block_count"],
+            num_heads=fields["llama.attention.head_count"],
+            num_kv_heads=fields["llama.attention.head_count_kv"],
+            head_dim=fields["llama.rope.dimension_count"],
+            context_length=fields["llama.context_length"],
+            rope_base=fields["llama.rope.freq_base"],
+            norm_epsilon=fields["llama.attention.layer_norm_rms_epsilon"],
+        )
+
+
+@dataclass(frozen=True)
+class Block:
+    """Weights of one layer; matrices that read the same input are stacked, to be one product.
+
+    Attributes:
+        attention_norm: (E,).
+        qkv: ((Hq + 2 Hkv) * D, E).
+        attention_out: (E, Hq * D).
+        mlp_norm: (E,).
+        gate_up: (2 F, E).
+        down: (E, F).
+    """
+
+    attention_norm: Array
+    qkv: Array
+    attention_out: Array
+    mlp_norm: Array
+    gate_up: Array
+    down: Array
+
+
+class Llama:
+    """The model: token ids in, logits out.
+
+    Args:
+        checkpoint: weights and metadata of a GGUF file with ``general.architecture`` "llama".
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.config = LlamaConfig.from_gguf(checkpoint.fields)
+        weights = checkpoint.tensors
+
+        def stacked(layer: int, *names: str) -> Array:
+            return np.concatenate([weights[f"blk.{layer}.{name}.weight"] for name in names])
+
+        self.embedding = weights["token_embd.weight"]
+        self.final_norm = weights["output_norm.weight"]
+        self.blocks = [
+            Block(
+                attention_norm=weights[f"blk.{layer}.attn_norm.weight"],
+                qkv=stacked(layer, "attn_q", "attn_k", "attn_v"),
+                attention_out=weights[f"blk.{layer}.attn_output.weight"],
+                mlp_norm=weights[f"blk.{layer}.ffn_norm.weight"],
+                gate_up=stacked(layer, "ffn_gate", "ffn_up"),
+                down=weights[f"blk.{layer}.ffn_down.weight"],
+            )
+            for layer in range(self.config.num_layers)
+        ]
+
+    def forward(self, ids: list[int], position: int, attention: Attention) -> Array:
+        """Run T new tokens through the model.
+
+        Args:
+            ids: the T tokens.
+            position: position of the first of them: the number of tokens that ``attention`` has seen.
+            attention: holds the KV cache; every layer takes one ``step`` in it.
+
+        Returns:
+            Logits after the last token, float32 (vocabulary,).
+        """
+        heads, kv_heads, dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        rotation = rope_rotation(np.arange(position, position + len(ids)), dim, self.config.rope_base)
+        x = self.embedding[ids]
+        for layer, block in enumerate(self.blocks):
+            qkv = self._norm(x, block.attention_norm) @ block.qkv.T
+            q, k, v = np.split(qkv.reshape(len(ids), -1, dim), [heads, heads + kv_heads], axis=1)
+            attended = attention.step(layer, rotate(q, rotation), rotate(k, rotation), v)
+            x = x + attended.reshape(len(ids), -1) @ block.attention_out.T
+            gate, up = np.split(self._norm(x, block.mlp_norm) @ block.gate_up.T, 2, axis=1)
+            x = x + (silu(gate) * up) @ block.down.T
+        # The embedding is tied: it is the output matrix as well.
+        logits: Array = self.embedding @ self._norm(x[-1], self.final_norm)
+        return logits
+
+    def _norm(self, x: Array, weight: Array) -> Array:
+        """RMSNorm over the last axis."""
+        mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
+        normed: Array = x * (weight / np.sqrt(mean_square + np.float32(self.config.norm_epsilon)))
+        return normed
+
+
+def rope_rotation(positions: npt.NDArray[np.int64], dim: int, base: float) -> npt.NDArray[np.complex64]:
+    """Unit complex numbers exp(i * position * base**(-2j / dim)), (T, 1, dim / 2) (RoFormer, section 3.2.2)."""
+    angles: npt.NDArray[np.float64] = positions[:, None, None] * base ** (-np.arange(0, dim, 2) / dim)
+    return np.exp(1j * angles).astype(np.complex64)
+
+
+def rotate(x: Array, rotation: npt.NDArray[np.complex64]) -> Array:
+    """Apply rotary positions to x (T, H, D).
+
+    Features 2j and 2j + 1 are one complex number: a GGUF file of architecture "llama" stores the rows of the query
+    and key projections in that order (the original checkpoints pair j with j + D / 2).
+    """
+    return (np.ascontiguousarray(x).view(np.complex64) * rotation).view(np.float32)
+
+
+def silu(x: Array) -> Array:
+    """SiLU, x * sigmoid(x)."""
+    y: Array = x / (1 + np.exp(-x))
+    return y
