@@ -1,7 +1,7 @@
 """Arrays of any library in, the same library's arrays out, without a copy wherever the memory allows it.
 
-NumPy has no bfloat16 of its own and DLPack cannot hand NumPy one, so bfloat16 travels as `ml_dtypes.bfloat16`, for torch
-through a 16-bit integer view of the same memory.
+NumPy has no bfloat16 of its own and DLPack cannot hand NumPy one, so bfloat16 travels as `ml_dtypes.bfloat16`; for
+torch through a 16-bit integer view of the same memory.
 """
 
 from __future__ import annotations

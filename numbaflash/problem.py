@@ -215,7 +215,7 @@ def check_heads(q_heads: int, kv_heads: int) -> None:
 def _window(window: object) -> tuple[int | None, int | None]:
     if not isinstance(window, Sequence) or len(window) != 2:
         raise TypeError(f"window must be a pair (left, right) of ints or None, got {window!r}")
-    sides = []
+    sides: list[int | None] = []
     for name, side in zip(("left", "right"), window, strict=True):
         if side is None:
             sides.append(None)

@@ -1,0 +1,1 @@
+"""The KV cache: rings of reference-counted pages."""

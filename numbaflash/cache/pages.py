@@ -1,0 +1,90 @@
+"""Pages of keys and values in host memory: reference-counted, so that forks share what neither of them changes.
+
+A page holds `page_size` tokens of one layer, head by head: keys (kv_heads, page_size, head_dim), then values alike. One
+head's stretch of a page is contiguous, which is the order in which a decode kernel reads it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["PagePool"]
+
+# A cache line, and the widest vector load.
+_ALIGNMENT = 64
+
+
+class PagePool:
+    """The pages of a cache and of all its forks.
+
+    Memory is taken when a page is first used and given back when its last owner releases it. The counts are guarded by
+    a lock, so forks may be used from different threads.
+
+    Args:
+        kv_heads: Heads of keys and values.
+        page_size: Tokens of a page.
+        head_dim: Elements of a key and of a value.
+        dtype: Storage dtype.
+    """
+
+    def __init__(self, kv_heads: int, page_size: int, head_dim: int, dtype: np.dtype[Any]) -> None:
+        self.shape = (2, kv_heads, page_size, head_dim)
+        self.dtype = dtype
+        self.page_nbytes = 2 * kv_heads * page_size * head_dim * dtype.itemsize
+        self._memory: dict[int, NDArray[Any]] = {}
+        self._owners: dict[int, int] = {}
+        self._next_page = 0
+        # Re-entrant: a garbage collection inside the lock may release the pages of a dead cache.
+        self._lock = threading.RLock()
+
+    def acquire(self) -> int:
+        """Return a new page with one owner; its content is undefined."""
+        memory = _aligned_empty(self.shape, self.dtype)
+        with self._lock:
+            page = self._next_page
+            self._next_page += 1
+            self._memory[page] = memory
+            self._owners[page] = 1
+        return page
+
+    def share(self, page: int) -> None:
+        """Add an owner."""
+        with self._lock:
+            self._owners[page] += 1
+
+    def release(self, page: int) -> None:
+        """Take an owner away; the last one frees the page."""
+        with self._lock:
+            self._owners[page] -= 1
+            if not self._owners[page]:
+                del self._owners[page], self._memory[page]
+
+    def is_shared(self, page: int) -> bool:
+        """Say whether the page has more than one owner, so that a write to it must copy it first."""
+        with self._lock:
+            return self._owners[page] > 1
+
+    def content(self, page: int) -> NDArray[Any]:
+        """Return the page itself: (2, kv_heads, page_size, head_dim), keys then values."""
+        return self._memory[page]
+
+    def address(self, page: int) -> int:
+        """Return the address of the page's keys; its values follow `page_nbytes // 2` bytes behind."""
+        return int(self._memory[page].ctypes.data)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages that have an owner."""
+        with self._lock:
+            return len(self._memory) * self.page_nbytes
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    offset = -raw.ctypes.data % _ALIGNMENT
+    return raw[offset : offset + nbytes].view(dtype).reshape(shape)
