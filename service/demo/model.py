@@ -146,7 +146,8 @@ class Llama:
 def rope_rotation(positions: npt.NDArray[np.int64], dim: int, base: float) -> npt.NDArray[np.complex64]:
     """Unit complex numbers exp(i * position * base**(-2j / dim)), (T, 1, dim / 2) (RoFormer, section 3.2.2)."""
     angles: npt.NDArray[np.float64] = positions[:, None, None] * base ** (-np.arange(0, dim, 2) / dim)
-    return np.exp(1j * angles).astype(np.complex64)
+    rotation: npt.NDArray[np.complex64] = np.exp(1j * angles).astype(np.complex64)
+    return rotation
 
 
 def rotate(x: Array, rotation: npt.NDArray[np.complex64]) -> Array:
