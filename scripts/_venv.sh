@@ -29,7 +29,7 @@ make_venv() {
         rm -rf "$venv" # half made: it has a Python but no pip
         fail "$candidate cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)"
     done
-    fail "needs Python 3.11, 3.12 or 3.13 on the PATH or in \$PYTHON; found $(python3 --version 2>&1 || echo none)"
+    fail "needs Python 3.11, 3.12 or 3.13 on the PATH or in \$PYTHON; found $(python3 --version 2>/dev/null || echo none)"
 }
 
 install_extra() {
