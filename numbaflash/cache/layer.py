@@ -76,9 +76,7 @@ class LayerRing:
         _, kv_heads, _, head_dim = self._pool.shape
         parts = [np.empty((2, 0, kv_heads, head_dim), self._pool.dtype)]
         for piece in pieces:
-            for slot, offset, count in zip(
-                piece.slot.tolist(), piece.offset.tolist(), piece.count.tolist(), strict=True
-            ):
+            for slot, offset, _, tokens in zip(*(column.tolist() for column in piece), strict=True):
                 page = self._pool.content(self._pages[slot])
                 parts.append(page[:, :, offset : offset + tokens].swapaxes(1, 2))
         return np.concatenate(parts, axis=1)
