@@ -1,7 +1,7 @@
 """A Llama-shaped language model in NumPy whose attention is somebody else's work.
 
-``Llama.forward`` computes the embedding, projections, rotary positions and MLPs; for attention it calls
-``attention.step(layer, q, k, v)``, which a ``numbaflash.RingKVCache`` answers in process and a client's ``Session``
+`Llama.forward` computes the embedding, projections, rotary positions and MLPs; for attention it calls
+`attention.step(layer, q, k, v)`, which a `numbaflash.RingKVCache` answers in process and a client's `Session`
 over the wire. The model keeps no state: the tokens seen so far live in that object alone.
 """
 
@@ -22,13 +22,13 @@ class Attention(Protocol):
     """What holds the KV cache."""
 
     def step(self, layer: int, q: Array, k: Array, v: Array) -> Array:
-        """Append k, v (T, Hkv, D) to ``layer`` and return causal attention of q (T, Hq, D) to all it holds."""
+        """Append k, v (T, Hkv, D) to `layer` and return causal attention of q (T, Hq, D) to all it holds."""
         ...
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Shape of the model, as the GGUF keys ``llama.*`` give it.
+    """Shape of the model, as the GGUF keys `llama.*` give it.
 
     Attributes:
         num_layers: transformer blocks.
@@ -87,7 +87,7 @@ class Llama:
     """The model: token ids in, logits out.
 
     Args:
-        checkpoint: weights and metadata of a GGUF file with ``general.architecture`` "llama".
+        checkpoint: weights and metadata of a GGUF file with `general.architecture` "llama".
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -116,8 +116,8 @@ class Llama:
 
         Args:
             ids: the T tokens.
-            position: position of the first of them: the number of tokens that ``attention`` has seen.
-            attention: holds the KV cache; every layer takes one ``step`` in it.
+            position: position of the first of them: the number of tokens that `attention` has seen.
+            attention: holds the KV cache; every layer takes one `step` in it.
 
         Returns:
             Logits after the last token, float32 (vocabulary,).

