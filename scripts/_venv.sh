@@ -1,8 +1,8 @@
-# Sourced by the scripts beside it. `ensure_venv EXTRA` leaves .venv with numbaflash[EXTRA] installed from this
+# Sourced by the scripts beside it. `ensure_venv EXTRA` leaves .venv (or $NUMBAFLASH_VENV) with numbaflash[EXTRA] installed from this
 # checkout, or says in one line why it cannot, and exits. When that is done already it costs milliseconds.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=$root/.venv
+venv=${NUMBAFLASH_VENV:-$root/.venv}
 
 ensure_venv() {
     local extra=$1 done
@@ -24,7 +24,7 @@ make_venv() {
     local candidate
     for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python; do
         if ! runs_python "$candidate"; then continue; fi
-        say "Making .venv with $("$candidate" --version 2>&1)"
+        say "Making $venv with $("$candidate" --version 2>&1)"
         if "$candidate" -m venv --clear "$venv" >/dev/null 2>&1; then return; fi
         rm -rf "$venv" # half made: it has a Python but no pip
         fail "$candidate cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)"
@@ -34,7 +34,7 @@ make_venv() {
 
 install_extra() {
     local log=$venv/install-$1.log
-    say "Installing numbaflash[$1] into .venv (once; a few minutes on a slow connection)"
+    say "Installing numbaflash[$1] into $venv (once; a few minutes on a slow connection)"
     "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off --editable "$root[$1]" 2>&1 |
         tee "$log" | show_last_line ||
         fail "pip could not install numbaflash[$1]: $(grep -m1 '^ERROR' "$log" || tail -n1 "$log") (all of it: $log)"
