@@ -1,0 +1,110 @@
+"""One Attend stream: many steps in flight, answered in order per session."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import grpc
+
+from . import wire
+from .engine import Done
+from .errors import ServiceError
+from .replies import encode_answer, encode_error
+from .v1 import attention_pb2 as pb
+
+Submit: TypeAlias = Callable[[pb.StepRequest, memoryview, int, object, float | None], "asyncio.Future[Done]"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _InFlight:
+    request: pb.StepRequest
+    done: asyncio.Future[Done]
+
+
+class AttendStream:
+    """Reads steps, hands them on, and writes what comes of them.
+
+    Args:
+        context: grpc.aio's context of the call.
+        submit: Queues a step, as `AttentionServicer.submit`.
+        max_in_flight: Steps that may wait for their computation or for their answer to be written; beyond that nothing
+            is read, and HTTP/2 holds the client back.
+    """
+
+    def __init__(self, context: Any, submit: Submit, max_in_flight: int) -> None:
+        self._context = context
+        self._submit = submit
+        self._room = asyncio.Semaphore(max_in_flight)
+        self._pending: dict[str, deque[_InFlight]] = {}  # by session, in the order of arrival
+        self._ready: asyncio.Queue[_InFlight | None] = asyncio.Queue()
+        self._reader: asyncio.Task[None] | None = None
+        self._reader_ended = False
+        self._stopped = False
+
+    async def run(self) -> None:
+        """Serve the stream until the client ends it or `stop_reading` is called, and all steps are answered."""
+        self._reader = asyncio.create_task(self._read())
+        try:
+            await self._write()
+            if not self._stopped:
+                await self._reader
+        finally:
+            self._reader.cancel()
+            for steps in self._pending.values():
+                for step in steps:
+                    step.done.cancel()
+
+    def stop_reading(self) -> None:
+        """Take no more steps."""
+        self._stopped = True
+        if self._reader:
+            self._reader.cancel()
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                await self._room.acquire()
+                received = await self._context.read()
+                if received is grpc.aio.EOF:
+                    return
+                self._begin(received)
+        finally:
+            self._reader_ended = True
+            self._end_when_answered()
+
+    async def _write(self) -> None:
+        while (step := await self._ready.get()) is not None:
+            try:
+                answer = encode_answer(step.request, step.done.result())
+            except ServiceError as error:
+                answer = encode_error(step.request, error)
+            await self._context.write(answer)
+            self._room.release()
+
+    def _begin(self, received: bytes) -> None:
+        request = pb.StepRequest()
+        try:
+            request, payload = wire.decode_step(pb.StepRequest, received)
+            done = self._submit(request, payload, len(received), self, None)
+        except ServiceError as error:
+            done = asyncio.get_running_loop().create_future()
+            done.set_exception(error)
+        self._pending.setdefault(request.session_id, deque()).append(_InFlight(request, done))
+        done.add_done_callback(lambda _: self._settle(request.session_id))
+
+    def _settle(self, session_id: str) -> None:
+        """Pass on what is done of a session, up to the first step that is not."""
+        steps = self._pending.get(session_id)
+        while steps and steps[0].done.done():
+            self._ready.put_nowait(steps.popleft())
+        if not steps:
+            self._pending.pop(session_id, None)
+        self._end_when_answered()
+
+    def _end_when_answered(self) -> None:
+        if self._reader_ended and not self._pending:
+            self._ready.put_nowait(None)

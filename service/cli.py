@@ -1,0 +1,133 @@
+"""The command line, `numbaflash ...`: options, and one function of another module behind each command.
+
+Exit status: 0, 2 on bad usage, 1 on failure. The module behind a command is imported when the command runs, since each
+needs an extra of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    help="FlashAttention and the KV cache in pure Python, and a gRPC service that holds the cache.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def main() -> None:
+    """Run the command that the process was started with."""
+    app()
+
+
+@app.command()
+def serve(
+    config: Annotated[Path | None, typer.Option(help="A TOML file with any of the options below.")] = None,
+    listen: Annotated[
+        list[str] | None,
+        typer.Option(help="Address to serve on: HOST:PORT (port 0: any free one) or unix:PATH. May be repeated."),
+    ] = None,
+    backend: Annotated[str | None, typer.Option(help="cpu, cuda or emulated; by default what the machine has.")] = None,
+    kv_memory: Annotated[str | None, typer.Option(help="Budget for keys and values, such as 4GiB.")] = None,
+    replay_memory: Annotated[str | None, typer.Option(help="Budget for answers kept to be sent again.")] = None,
+    max_message_bytes: Annotated[str | None, typer.Option(help="Largest message accepted.")] = None,
+    max_sessions: Annotated[int | None, typer.Option(help="Sessions at a time.")] = None,
+    max_queued_steps: Annotated[int | None, typer.Option(help="Steps waiting or running at a time.")] = None,
+    max_queued_bytes: Annotated[str | None, typer.Option(help="Bytes of those steps.")] = None,
+    max_in_flight: Annotated[int | None, typer.Option(help="Steps in flight on one Attend stream.")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Steps computed together at most.")] = None,
+    batch_wait: Annotated[float | None, typer.Option(help="Seconds that a step waits for others like it.")] = None,
+    default_ttl: Annotated[float | None, typer.Option(help="Seconds without a step until a session ends.")] = None,
+    max_ttl: Annotated[float | None, typer.Option(help="The most that a client may ask for.")] = None,
+    grace: Annotated[float | None, typer.Option(help="Seconds that calls have to finish on SIGTERM.")] = None,
+    reflection: Annotated[
+        bool | None, typer.Option("--reflection/--no-reflection", help="gRPC reflection; by default on loopback only.")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Serve sessions over gRPC.
+
+    What is not given here is taken from environment variables (NUMBAFLASH_KV_MEMORY=4GiB), then from the TOML file,
+    then from the defaults.
+    """
+    flags = {name: value for name, value in locals().items() if value is not None}
+    configuration = _load("config", extra="service")
+    try:
+        settings = configuration.load(**flags)
+    except (ValueError, OSError) as error:
+        _bad_usage(error)
+    server = _load("server", extra="service")
+    try:
+        server.serve(settings)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+
+
+@app.command()
+def sessions(
+    target: Annotated[str, typer.Option(help="Address of the server.")] = "127.0.0.1:50051", json: Json = False
+) -> None:
+    """List the sessions that a server holds."""
+    errors = _load("errors", extra="service")
+    try:
+        _load("listing", extra="service").run(target, json=json)
+    except errors.ServiceError as error:
+        _fail(f"{target}: {error}")
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Say what is installed, which backend would be used and why, and what is missing."""
+    _load("doctor").run(json=json)
+
+
+@app.command()
+def bench(json: Json = False) -> None:
+    """Measure attention on this machine, beside its peers."""
+    _load("bench").run(json=json)
+
+
+@app.command()
+def demo(
+    prompt: Annotated[str | None, typer.Option(help="What to ask the model.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    target: Annotated[str | None, typer.Option(help="A server to use; by default one is started.")] = None,
+    json: Json = False,
+) -> None:
+    """Let a real language model generate text through the service."""
+    _load("demo", extra="demo").run(prompt=prompt, max_new_tokens=max_new_tokens, target=target, json=json)
+
+
+def _load(module: str, extra: str | None = None) -> Any:
+    """Import the module behind a command; say in one line which extra it needs where that is not installed."""
+    try:
+        return importlib.import_module(f".{module}", __package__)
+    except ModuleNotFoundError as error:
+        if extra is None or (error.name or "").startswith("numbaflash"):
+            raise
+        _fail(f"{error.name} is not installed; this command needs: pip install 'numbaflash[{extra}]'")
+
+
+def _bad_usage(error: Exception) -> NoReturn:
+    problems = getattr(error, "errors", None)  # pydantic lists them
+    lines = [str(error)]
+    if problems:
+        lines = [
+            f"{'.'.join(map(str, p['loc'])) or 'configuration'}: {p['msg'].removeprefix('Value error, ')}"
+            for p in problems()
+        ]
+    for line in lines:
+        typer.echo(f"numbaflash: {line}", err=True)
+    raise typer.Exit(2)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"numbaflash: {message}", err=True)
+    raise typer.Exit(1)

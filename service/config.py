@@ -1,0 +1,151 @@
+"""What `numbaflash serve` can be told.
+
+Precedence, first wins: flags of the command line, environment variables `NUMBAFLASH_<FIELD>`, the TOML file named by
+`--config` or `NUMBAFLASH_CONFIG`, the defaults below.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ByteSize, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+# A prefill chunk of 4 MiB of tensors, and its head.
+_DEFAULT_MESSAGE_BYTES = ByteSize((4 << 20) + (64 << 10))
+
+
+def _split(value: Any) -> Any:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+class ServeConfig(BaseSettings):
+    """Configuration of one server process; frozen."""
+
+    model_config = SettingsConfigDict(env_prefix="NUMBAFLASH_", frozen=True, extra="forbid", validate_default=True)
+
+    listen: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
+        ("127.0.0.1:50051",),
+        description="Addresses to serve on, HOST:PORT (port 0: any free one) or unix:PATH; several with commas.",
+    )
+    backend: Literal["cpu", "cuda", "emulated"] | None = Field(
+        None, description="Where attention is computed. Default: cuda where there is a GPU, else cpu."
+    )
+    kv_memory: ByteSize = Field(
+        ByteSize(4 << 30),
+        ge=1 << 20,
+        lt=1 << 63,
+        description="Hard budget for keys and values, for example 4GiB.",
+    )
+    replay_memory: ByteSize = Field(
+        ByteSize(256 << 20),
+        ge=1 << 20,
+        lt=1 << 63,
+        description="Bytes of answers kept so that a step can be sent again.",
+    )
+    max_message_bytes: ByteSize = Field(
+        _DEFAULT_MESSAGE_BYTES,
+        ge=64 << 10,
+        lt=1 << 31,
+        description="Largest message accepted. Clients cut prompts that are larger.",
+    )
+    max_sessions: PositiveInt = Field(1024, le=1 << 20, description="Sessions at a time.")
+    max_queued_steps: PositiveInt = Field(256, description="Steps waiting or running at a time, of all callers.")
+    max_queued_bytes: ByteSize = Field(
+        ByteSize(256 << 20), ge=1 << 20, description="Bytes of those steps' requests at a time."
+    )
+    max_in_flight: PositiveInt = Field(
+        64, description="Steps in flight on one Attend stream; beyond it the stream is not read."
+    )
+    max_batch: PositiveInt = Field(64, description="Steps computed together at most.")
+    batch_wait: float = Field(
+        0.0, ge=0, le=1, description="Seconds that a step waits for others to be computed with. 0: whatever is there."
+    )
+    default_ttl: PositiveFloat = Field(
+        600.0, description="Seconds without a step after which a session ends, unless its creator said otherwise."
+    )
+    max_ttl: PositiveFloat = Field(86400.0, le=10 * 365 * 86400, description="Longest time to live in seconds.")
+    grace: float = Field(10.0, ge=0, description="Seconds that running calls have to finish when the server stops.")
+    reflection: bool | None = Field(
+        None, description="Serve gRPC reflection. Default: only where every address is loopback or a unix socket."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+
+    @field_validator("listen")
+    @classmethod
+    def _addresses(cls, listen: tuple[str, ...]) -> tuple[str, ...]:
+        if not listen:
+            raise ValueError("takes at least one address")
+        for address in listen:
+            path = address.removeprefix("unix:")
+            host, _, port = address.rpartition(":")
+            if path == address and not (host and port.isdecimal() and int(port) < 65536):
+                raise ValueError(f"got {address!r}; takes HOST:PORT or unix:PATH")
+            if not path:
+                raise ValueError("takes a path after unix:")
+        return listen
+
+    @property
+    def local_only(self) -> bool:
+        """Whether only processes of this machine can connect."""
+        return all(map(_is_local, self.listen))
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic's signature
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic's signature
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Order the sources as the module says."""
+        assert isinstance(init_settings, InitSettingsSource)
+        path = init_settings.init_kwargs.pop("config", None) or os.environ.get("NUMBAFLASH_CONFIG")
+        if path is None:
+            return init_settings, env_settings
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _readable(path))
+
+
+def load(config: str | os.PathLike[str] | None = None, **flags: Any) -> ServeConfig:
+    """Read the configuration from all its sources.
+
+    Args:
+        config: a TOML file of `ServeConfig`'s fields.
+        flags: fields given on the command line; None means not given.
+
+    Raises:
+        ValueError: a value that a field does not take, or a file that is not TOML (pydantic's error says which).
+        FileNotFoundError: there is no such file.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    if config is not None:
+        given["config"] = config
+    return ServeConfig(**given)
+
+
+def _is_local(address: str) -> bool:
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _readable(path: str | os.PathLike[str]) -> Path:
+    file = Path(path)
+    if not file.is_file():  # pydantic would go on without it
+        raise FileNotFoundError(f"configuration file {file} does not exist")
+    return file

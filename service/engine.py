@@ -1,0 +1,357 @@
+"""The one thread that owns the device: it takes the steps that wait, and computes them, several at once where it can.
+
+Steps of one session are computed in the order in which they came. Steps of different sessions that are alike (same
+layer, same number of tokens, same heads) and small are computed together in one launch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+import numbaflash
+from numbaflash import RingKVCache
+
+from .errors import BadTensorError, ExhaustedError, PositionMismatchError, QueueFullError, ServiceError
+from .replay import Answer, Answers
+from .sessions import Session
+
+log = logging.getLogger(__name__)
+
+_ALIGNMENT: Final = 64
+T = TypeVar("T")
+
+
+@dataclass(eq=False, slots=True)
+class Step:
+    """One layer's new tokens, checked against the session's shape.
+
+    Attributes:
+        session: Whose cache.
+        layer: Which layer of it.
+        position: Tokens that the client believes the layer holds.
+        request_id: The client's name for the step; may be empty.
+        tensors: "q" (T, Hq, D), "k" and "v" (T, Hkv, D), or the last two, or the first. Need not be aligned in memory.
+        options: Keyword arguments of `RingKVCache.step`.
+        nbytes: Bytes that the step holds while it waits.
+        deadline: On the clock of `time.monotonic`; None: whenever.
+        done: Gets the `Done`, or the `ServiceError`; cancelling it before the step has started takes the step back.
+    """
+
+    session: Session
+    layer: int
+    position: int
+    request_id: str
+    tensors: dict[str, NDArray[Any]]
+    options: dict[str, Any]
+    nbytes: int
+    deadline: float | None
+    done: asyncio.Future[Done]
+    arrived_ns: int = field(default_factory=time.perf_counter_ns)
+
+    @property
+    def cache(self) -> RingKVCache:
+        """The session's cache."""
+        assert self.session.cache is not None
+        return self.session.cache
+
+    @property
+    def tokens(self) -> int:
+        """New tokens."""
+        return len(next(iter(self.tensors.values())))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Done:
+    """A step that was taken: its answer, whether that is one of an earlier time, and how it was computed."""
+
+    answer: Answer
+    replayed: bool = False
+    queue_ns: int = 0
+    kernel_ns: int = 0
+    batch_size: int = 0
+
+
+class Engine:
+    """Queue and thread. All public methods are the event loop's.
+
+    Args:
+        answers: Where the answers of the last steps are kept.
+        max_steps: Steps that may wait or run at a time.
+        max_bytes: Bytes of those.
+        max_batch: Steps computed together at most.
+        batch_wait: Seconds that a small step waits for others like it.
+        small: Steps of fewer tokens than this are computed together.
+    """
+
+    def __init__(
+        self, answers: Answers, *, max_steps: int, max_bytes: int, max_batch: int, batch_wait: float, small: int
+    ) -> None:
+        self._answers = answers
+        self._max_steps = max_steps
+        self._max_bytes = max_bytes
+        self._max_batch = max_batch
+        self._batch_wait = batch_wait
+        self._small = small
+        self.steps = 0  # waiting or running
+        self.nbytes = 0
+        self._inbox: queue.SimpleQueue[Step | Callable[[], None] | None] = queue.SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        self._scratch = _Scratch()
+        self._thread = threading.Thread(target=self._run, name="numbaflash-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, step: Step, writer: object) -> None:
+        """Queue a step of a call or stream; `step.done` gets what comes of it.
+
+        Raises:
+            BusyError: Another writer's steps of the session are in flight.
+            QueueFullError: Too many steps wait, or too many bytes of them.
+        """
+        if self.steps >= self._max_steps:
+            raise QueueFullError(f"{self.steps} steps are waiting, the most that may", retry_after=0.05)
+        if self.nbytes and self.nbytes + step.nbytes > self._max_bytes:
+            raise QueueFullError(f"steps of {self.nbytes} bytes are waiting, the most that may", retry_after=0.05)
+        step.session.begin_step(writer)
+        self.steps += 1
+        self.nbytes += step.nbytes
+        self._inbox.put(step)
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """Run a function on the engine's thread, after the steps that wait, and return what it returns."""
+        done: asyncio.Future[T] = self._loop.create_future()
+
+        def run() -> None:
+            try:
+                result = function()
+            except Exception as error:
+                self._loop.call_soon_threadsafe(_resolve, done, error)
+            else:
+                self._loop.call_soon_threadsafe(_resolve, done, result)
+
+        self._inbox.put(run)
+        return await done
+
+    async def stop(self) -> None:
+        """Compute what waits, and end the thread."""
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    # -- the engine's thread -----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        waiting: deque[Step | Callable[[], None] | None] = deque()
+        while True:
+            self._receive(waiting)
+            first = waiting.popleft()
+            if first is None:
+                return
+            if not isinstance(first, Step):
+                first()
+                continue
+            batch = self._batch(first, waiting)
+            self._loop.call_soon_threadsafe(self._deliver, self._compute(batch))
+
+    def _receive(self, waiting: deque[Step | Callable[[], None] | None]) -> None:
+        """Move what has arrived to `waiting`, which then holds something at least."""
+        if not waiting:
+            waiting.append(self._inbox.get())
+        if self._batch_wait and isinstance(waiting[0], Step) and waiting[0].tokens < self._small:
+            until = waiting[0].arrived_ns / 1e9 + self._batch_wait
+            while len(waiting) < self._max_batch and (left := until - time.perf_counter_ns() / 1e9) > 0:
+                try:
+                    waiting.append(self._inbox.get(timeout=left))
+                except queue.Empty:
+                    break
+        while True:
+            try:
+                waiting.append(self._inbox.get_nowait())
+            except queue.Empty:
+                return
+
+    def _batch(self, first: Step, waiting: deque[Step | Callable[[], None] | None]) -> list[Step]:
+        """Take out of `waiting` what can be computed together with `first`."""
+        batch = [first]
+        kind = self._kind(first)
+        if kind is None or not waiting:
+            return batch
+        passed = {first.session.id}  # no step overtakes an earlier one of its session
+        left: deque[Step | Callable[[], None] | None] = deque()
+        while waiting and len(batch) < self._max_batch:
+            step = waiting.popleft()
+            if not isinstance(step, Step):  # nor a call, which may end a session
+                waiting.appendleft(step)
+                break
+            if step.session.id not in passed and self._kind(step) == kind:
+                batch.append(step)
+            else:
+                left.append(step)
+            passed.add(step.session.id)
+        waiting.extendleft(reversed(left))
+        return batch
+
+    def _kind(self, step: Step) -> tuple[object, ...] | None:
+        """What steps must have in common to be computed together; None: computed alone."""
+        if len(step.tensors) != 3 or step.tokens >= self._small or any(map(_is_array, step.options.values())):
+            return None
+        q, k = step.tensors["q"], step.tensors["k"]
+        shape = step.session.shape
+        return step.layer, q.shape, k.shape, q.dtype, shape.dtype, *step.options.items()
+
+    def _compute(self, batch: list[Step]) -> list[tuple[Step, Done | ServiceError | None]]:
+        """Take steps; what comes back for each is None where it was cancelled before."""
+        outcomes: list[tuple[Step, Done | ServiceError | None]] = []
+        ready = []
+        for step in batch:
+            if step.done.cancelled():
+                outcomes.append((step, None))
+                continue
+            try:
+                earlier = self._admit(step)
+            except ServiceError as error:
+                outcomes.append((step, error))
+            else:
+                if earlier is None:
+                    ready.append(step)
+                else:
+                    outcomes.append((step, Done(earlier, replayed=True)))
+        if len(ready) > 1:
+            try:
+                return outcomes + self._launch(ready)
+            except Exception as error:
+                # One of them is at fault: alone, each gets its own error, and the others succeed.
+                log.warning("a batch of %d steps failed (%s); they are computed one by one", len(ready), error)
+                return outcomes + [outcome for step in ready for outcome in self._compute([step])]
+        for step in ready:
+            try:
+                outcomes += self._launch([step])
+            except ServiceError as error:
+                outcomes.append((step, error))
+            except ValueError as error:
+                outcomes.append((step, BadTensorError("tensors", str(error))))
+            except MemoryError:
+                outcomes.append((step, ExhaustedError("the machine has no memory left", retry_after=1.0)))
+            except Exception:
+                log.exception("a step failed")
+                outcomes.append((step, ServiceError("the step failed", code=grpc.StatusCode.INTERNAL)))
+        return outcomes
+
+    def _admit(self, step: Step) -> Answer | None:
+        """Decide whether a step runs now (None), has run before (its answer), or never (raises)."""
+        if step.session.lost:
+            raise step.session.lost()
+        if step.deadline is not None and time.monotonic() >= step.deadline:
+            raise ServiceError("the deadline passed while the step waited", code=grpc.StatusCode.DEADLINE_EXCEEDED)
+        length = step.cache.length(step.layer)
+        if step.position == length:
+            return None
+        last = self._answers.get(step.session.id, step.layer)
+        if last and (last.before, last.position) == (step.position, length):
+            if step.request_id and step.request_id == last.request_id:
+                return last
+            hint = "; its last step started there, with another request_id"
+        else:
+            hint = ""
+        raise PositionMismatchError(
+            f"position is {step.position} and layer {step.layer} holds {length} tokens{hint}", position=length
+        )
+
+    def _launch(self, steps: list[Step]) -> list[tuple[Step, Done | ServiceError | None]]:
+        """Compute steps that are ready, in one launch."""
+        first = steps[0]
+        if len(first.tensors) == 3:
+            self._answers.make_room(sum(step.tensors["q"].nbytes for step in steps))
+        names = list(first.tensors)
+        self._scratch.clear()
+        started = time.perf_counter_ns()
+        outs: list[NDArray[Any] | None]
+        if len(steps) > 1:
+            caches = [step.cache for step in steps]
+            stacked = [self._scratch.stack([step.tensors[name] for step in steps]) for name in names]
+            # Each answer its own memory: one that is kept must not keep the others.
+            outs = [out.copy() for out in numbaflash.attention_batch(caches, first.layer, *stacked, **first.options)]
+        else:
+            cache = first.cache
+            method = cache.step if len(names) == 3 else cache.append if "k" in names else cache.attend
+            aligned = (self._scratch.stack([first.tensors[name]])[0] for name in names)
+            outs = [method(first.layer, *aligned, **first.options)]
+        kernel_ns = time.perf_counter_ns() - started
+        return [
+            (step, Done(self._keep(step, out), False, started - step.arrived_ns, kernel_ns, len(steps)))
+            for step, out in zip(steps, outs, strict=True)
+        ]
+
+    def _keep(self, step: Step, out: NDArray[Any] | None) -> Answer:
+        session, cache = step.session, step.cache
+        position = cache.length(step.layer)
+        answer = Answer(step.request_id, step.position, position, cache.first(step.layer), out)
+        session.steps += 1
+        if (
+            position > step.position
+        ):  # a step that only attends changes nothing, and is computed again when it is sent again
+            self._answers.keep(session.id, step.layer, answer)
+        return answer
+
+    # -- the event loop ----------------------------------------------------------------------------------------------
+
+    def _deliver(self, outcomes: list[tuple[Step, Done | ServiceError | None]]) -> None:
+        for step, outcome in outcomes:
+            self.steps -= 1
+            self.nbytes -= step.nbytes
+            step.session.end_step()
+            _resolve(step.done, outcome)
+
+
+class _Scratch:
+    """Memory that is used again for every launch: tensors off the wire lie anywhere, kernels want them aligned."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+        self._used = 0
+
+    def clear(self) -> None:
+        """Give up everything handed out before."""
+        self._used = 0
+
+    def stack(self, arrays: list[NDArray[Any]]) -> NDArray[Any]:
+        """Copy arrays of one shape and dtype next to each other, on an aligned address."""
+        nbytes = len(arrays) * arrays[0].nbytes
+        if self._used + nbytes > len(self._memory):
+            self._grow(nbytes)
+        memory = self._memory[self._used : self._used + nbytes]
+        self._used += nbytes + -nbytes % _ALIGNMENT
+        stacked = memory.view(arrays[0].dtype).reshape(len(arrays), *arrays[0].shape)
+        for place, array in zip(stacked, arrays, strict=True):
+            place[...] = array
+        return stacked
+
+    def _grow(self, nbytes: int) -> None:
+        # What was handed out keeps the old memory alive.
+        raw = np.empty(2 * (len(self._memory) + nbytes) + _ALIGNMENT, np.uint8)
+        offset = -raw.ctypes.data % _ALIGNMENT
+        self._memory = raw[offset : len(raw) - _ALIGNMENT + offset]
+        self._used = 0
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, np.ndarray)
+
+
+def _resolve(future: asyncio.Future[Any], outcome: object) -> None:
+    if future.done():  # cancelled: nobody waits for it any more
+        return
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)

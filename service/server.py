@@ -1,0 +1,122 @@
+"""The process: ports, the standard services beside ours, signals, a stop that loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+import time
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from .config import ServeConfig
+from .servicer import SERVICE, AttentionServicer
+
+log = logging.getLogger(__name__)
+
+
+class Server:
+    """A server, on the running event loop.
+
+    Args:
+        config: Where to listen, limits and budgets.
+
+    Attributes:
+        addresses: What to give to a client, once started: the addresses of the configuration, with the ports that were
+            chosen in the place of port 0.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self.addresses: tuple[str, ...] = ()
+
+    async def start(self) -> None:
+        """Listen and serve.
+
+        Raises:
+            OSError: An address cannot be listened on.
+            ValueError: There is no such backend here.
+        """
+        config = self._config
+        self._servicer = AttentionServicer(config)
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", config.max_message_bytes),
+                ("grpc.max_send_message_length", config.max_message_bytes),
+                # Without this, a second server on the same port would start, and take half of the first one's calls.
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        self._server.add_generic_rpc_handlers((self._servicer.handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if config.local_only if config.reflection is None else config.reflection:
+            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+        try:
+            self.addresses = tuple(self._listen(address) for address in config.listen)
+            await self._server.start()
+        except BaseException:
+            await self._servicer.stop()
+            raise
+        self._housekeeping = asyncio.create_task(self._servicer.keep_house())
+        await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self) -> None:
+        """Say NOT_SERVING, refuse what is new, let what runs finish within the configured grace, and stop."""
+        until = time.monotonic() + self._config.grace
+        await self._health.enter_graceful_shutdown()
+        self._servicer.drain()
+        while self._servicer.busy and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+        # Calls of the standard services, such as a health watch, would never end by themselves.
+        await self._server.stop(grace=min(1.0, max(0.0, until - time.monotonic())))
+        self._housekeeping.cancel()
+        await self._servicer.stop()
+
+    def _listen(self, address: str) -> str:
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: {error}") from None
+        return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve until SIGTERM or SIGINT; a second one stops at once.
+
+    Prints one line, `numbaflash serves on ADDRESS[, ADDRESS ...]`, to standard output when it is ready.
+
+    Raises:
+        OSError: An address cannot be listened on.
+        ValueError: There is no such backend here.
+    """
+    logging.basicConfig(
+        level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    if not config.local_only:
+        log.warning("other machines can connect, and there is no authentication: whoever reaches a port is served")
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_serve(config))
+
+
+async def _serve(config: ServeConfig) -> None:
+    server = Server(config)
+    await server.start()
+    loop, stopping = asyncio.get_running_loop(), asyncio.Event()
+
+    def stop() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+        stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    print(f"numbaflash serves on {', '.join(server.addresses)}", flush=True)
+    await stopping.wait()
+    log.info("stopping")
+    await server.stop()

@@ -1,0 +1,304 @@
+"""The RPCs: bytes in, checked arguments, sessions and engine, bytes out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import platform
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import grpc
+
+from numbaflash.backends import choose_backend
+
+from . import validation, wire
+from .attend import AttendStream
+from .config import ServeConfig
+from .engine import Done, Engine, Step
+from .errors import (
+    STATUS_TRAILER,
+    BadTensorError,
+    DrainingError,
+    ExhaustedError,
+    ServiceError,
+    SessionClosedError,
+    SessionUnknownError,
+    to_status,
+)
+from .replay import Answers
+from .replies import encode_answer
+from .sessions import Session, SessionTable
+from .v1 import attention_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Attention"].full_name
+Context = Any  # grpc.aio.ServicerContext; grpc has no types
+Method = Callable[[bytes, Context], Awaitable[bytes]]
+T = TypeVar("T")
+
+MIN_PREFILL_TOKENS: Final = 16
+
+
+class AttentionServicer:
+    """`numbaflash.v1.Attention`. To be made and used on the event loop.
+
+    Args:
+        config: Limits and budgets.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self._backend = choose_backend(config.backend)
+        self._table = SessionTable(config.kv_memory, config.max_sessions)
+        self._answers = Answers(config.replay_memory)
+        self._engine = Engine(
+            self._answers,
+            max_steps=config.max_queued_steps,
+            max_bytes=config.max_queued_bytes,
+            max_batch=config.max_batch,
+            batch_wait=config.batch_wait,
+            small=MIN_PREFILL_TOKENS,
+        )
+        self._draining = False
+        self._streams: set[AttendStream] = set()
+        self._background: set[asyncio.Task[None]] = set()
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Return the service's methods for `grpc.aio.Server.add_generic_rpc_handlers`; they take and return bytes."""
+        unary: dict[str, Method] = {
+            "GetInfo": self._get_info,
+            "CreateSession": self._create_session,
+            "Prefill": self._step,
+            "Decode": self._step,
+            "Fork": self._unimplemented,
+            "Truncate": self._unimplemented,
+            "Snapshot": self._unimplemented,
+            "Restore": self._unimplemented,
+            "CloseSession": self._close_session,
+            "ListSessions": self._list_sessions,
+        }
+        methods = {name: grpc.unary_unary_rpc_method_handler(_typed_errors(method)) for name, method in unary.items()}
+        methods["Attend"] = grpc.stream_stream_rpc_method_handler(_typed_errors(self._attend))
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    async def keep_house(self) -> None:
+        """End the sessions whose time is over, until cancelled."""
+        while True:
+            await asyncio.sleep(1.0)
+            for session in self._table.end_idle():
+                log.info("session of %d bytes expired", session.kv_bytes)
+                self._free(session)
+
+    def drain(self) -> None:
+        """Take no more steps and sessions; what is in flight goes on, and streams end when theirs is answered."""
+        self._draining = True
+        for stream in self._streams:
+            stream.stop_reading()
+
+    @property
+    def busy(self) -> bool:
+        """Whether steps or streams are in flight."""
+        return self._engine.steps > 0 or bool(self._streams)
+
+    async def stop(self) -> None:
+        """Compute what waits, and end the engine."""
+        await self._engine.stop()
+
+    # -- unary RPCs --------------------------------------------------------------------------------------------------
+
+    async def _get_info(self, request: bytes, _: Context) -> bytes:
+        wire.decode(pb.GetInfoRequest, request)
+        config = self._config
+        info = pb.GetInfoResponse(
+            version=version("numbaflash"),
+            backend=self._backend,
+            device=_processor_name(),
+            dtypes=list(wire.DTYPES),
+            limits=pb.Limits(
+                max_message_bytes=config.max_message_bytes,
+                max_sessions=config.max_sessions,
+                max_layers=validation.MAX_LAYERS,
+                max_heads=validation.MAX_HEADS,
+                max_head_dim=validation.MAX_HEAD_DIM,
+                max_capacity=validation.MAX_CAPACITY,
+                max_in_flight=config.max_in_flight,
+                min_prefill_tokens=MIN_PREFILL_TOKENS,
+            ),
+            usage=pb.Usage(
+                kv_memory_bytes=self._table.kv_memory,
+                kv_reserved_bytes=self._table.kv_reserved,
+                replay_memory_bytes=config.replay_memory,
+                replay_bytes=self._answers.nbytes,
+                sessions=len(self._table),
+                queued_steps=self._engine.steps,
+                queued_bytes=self._engine.nbytes,
+            ),
+        )
+        info.limits.default_ttl.FromNanoseconds(int(config.default_ttl * 1e9))
+        info.limits.max_ttl.FromNanoseconds(int(config.max_ttl * 1e9))
+        return info.SerializeToString()
+
+    async def _create_session(self, wire_request: bytes, _: Context) -> bytes:
+        request = wire.decode(pb.CreateSessionRequest, wire_request)
+        shape = validation.session_shape(request.shape)
+        ttl = self._config.default_ttl
+        if request.HasField("ttl"):
+            ttl = validation.time_to_live(request.ttl, self._config.max_ttl)
+        self._refuse_when_draining()
+        session = self._table.create(shape, ttl, wire.DTYPES[shape.dtype].itemsize)
+
+        def make_cache() -> None:
+            session.cache = shape.new_cache(self._backend)
+
+        try:
+            await self._engine.call(make_cache)
+        except BaseException as error:  # the caller may have gone, too
+            self._table.end(session, partial(SessionUnknownError, "the session was not made"))
+            self._free(session)
+            if isinstance(error, MemoryError):
+                raise ExhaustedError("the machine has no memory left", retry_after=1.0) from error
+            if isinstance(error, ValueError):
+                raise BadTensorError("shape", str(error)) from error
+            raise
+        response = pb.CreateSessionResponse(session_id=session.id, kv_bytes=session.kv_bytes)
+        response.expires_at.FromNanoseconds(int(session.expires_at * 1e9))
+        return response.SerializeToString()
+
+    async def _step(self, wire_request: bytes, context: Context) -> bytes:
+        request, payload = wire.decode_step(pb.StepRequest, wire_request)
+        remaining = context.time_remaining()
+        deadline = None if remaining is None else time.monotonic() + remaining
+        done = self.submit(request, payload, len(wire_request), context, deadline)
+        return encode_answer(request, await done)
+
+    async def _close_session(self, wire_request: bytes, _: Context) -> bytes:
+        session_id = wire.decode(pb.CloseSessionRequest, wire_request).session_id
+        try:
+            session = self._table.get(session_id)
+        except SessionUnknownError as error:
+            if not isinstance(error, SessionClosedError):  # closing twice is fine: the first answer may have been lost
+                raise
+        else:
+            self._table.end(session, partial(SessionClosedError, "the session was closed"))
+            await asyncio.shield(self._free(session))
+        return pb.CloseSessionResponse().SerializeToString()
+
+    async def _list_sessions(self, wire_request: bytes, _: Context) -> bytes:
+        wire.decode(pb.ListSessionsRequest, wire_request)
+        return pb.ListSessionsResponse(sessions=map(_describe, self._table)).SerializeToString()
+
+    async def _unimplemented(self, _: bytes, __: Context) -> bytes:
+        raise ServiceError("this version of the server does not have it", code=grpc.StatusCode.UNIMPLEMENTED)
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def submit(
+        self, request: pb.StepRequest, payload: memoryview, nbytes: int, writer: object, deadline: float | None
+    ) -> asyncio.Future[Done]:
+        """Check a step of a call or stream and queue it; cancelling the future takes it back if it has not started.
+
+        Raises:
+            ServiceError: It is refused.
+        """
+        self._refuse_when_draining()
+        session = self._table.get(request.session_id)
+        arguments = validation.step(request, payload, session.shape)
+        step = Step(
+            session=session,
+            layer=request.layer,
+            position=request.position,
+            request_id=request.request_id,
+            tensors=arguments.tensors,
+            options=arguments.options,
+            nbytes=nbytes,
+            deadline=deadline,
+            done=asyncio.get_running_loop().create_future(),
+        )
+        self._engine.submit(step, writer)
+        return step.done
+
+    async def _attend(self, _: Any, context: Context) -> None:
+        stream = AttendStream(context, self.submit, self._config.max_in_flight)
+        self._streams.add(stream)
+        try:
+            if self._draining:
+                stream.stop_reading()
+            await stream.run()
+            self._refuse_when_draining()
+        finally:
+            self._streams.discard(stream)
+
+    # -- sessions ----------------------------------------------------------------------------------------------------
+
+    def _refuse_when_draining(self) -> None:
+        if self._draining:
+            raise DrainingError("the server is about to stop", retry_after=1.0)
+
+    def _free(self, session: Session) -> asyncio.Task[None]:
+        """Let go of what an ended session holds, and give its bytes back then."""
+
+        def let_go() -> None:
+            session.cache = None
+            for layer in range(session.shape.num_layers):
+                self._answers.forget(session.id, layer)
+
+        async def free() -> None:
+            await self._engine.call(let_go)
+            self._table.release(session)
+
+        task = asyncio.create_task(free())
+        self._background.add(task)  # the loop itself holds tasks only weakly
+        task.add_done_callback(self._background.discard)
+        return task
+
+
+def _describe(session: Session) -> pb.SessionInfo:
+    shape, lengths = session.shape, session.lengths()
+    info = pb.SessionInfo(
+        session_id=session.id,
+        shape=pb.SessionShape(**asdict(shape)),
+        min_length=min(lengths),
+        max_length=max(lengths),
+        kv_bytes=session.kv_bytes,
+        steps=session.steps,
+        busy=session.in_flight > 0,
+    )
+    info.created_at.FromNanoseconds(int(session.created_at * 1e9))
+    info.expires_at.FromNanoseconds(int(session.expires_at * 1e9))
+    return info
+
+
+def _typed_errors(method: Callable[[bytes, Context], Awaitable[T]]) -> Callable[[bytes, Context], Awaitable[T]]:
+    """Let a method's errors leave as `google.rpc.Status`, and nothing else leave at all."""
+
+    async def call(request: bytes, context: Context) -> T:
+        try:
+            return await method(request, context)
+        except ServiceError as error:
+            status = to_status(error)
+            trailer = ((STATUS_TRAILER, status.SerializeToString()),)
+            return await context.abort(error.code, error.message, trailer)  # type: ignore[no-any-return]
+        except grpc.aio.AbortError:
+            raise
+        except Exception:
+            log.exception("a call failed")
+            return await context.abort(grpc.StatusCode.INTERNAL, "the call failed")  # type: ignore[no-any-return]
+
+    return call
+
+
+@cache
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

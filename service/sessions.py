@@ -1,0 +1,220 @@
+"""The sessions that a server holds: who exists, who writes, until when, and within how many bytes.
+
+The table belongs to the event loop. What is inside a session, its cache, belongs to the engine's thread; only lengths
+are read here.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from numbaflash import RingKVCache
+from numbaflash.cache.layout import RingLayout
+
+from .errors import BusyError, KVBudgetError, QuotaError, SessionExpiredError, SessionLostError, SessionUnknownError
+
+# What a page costs beside its tokens: its place in the page table, two dictionary entries, an ndarray, malloc's own.
+_PAGE_OVERHEAD: Final = 512
+# And a session, however small: its entry here, its pool, a ring for each of a few layers.
+_SESSION_OVERHEAD: Final = 4096
+_MAX_TOMBSTONES: Final = 65536
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a session's cache is made for, every value checked.
+
+    Attributes:
+        num_layers: Layers of the model.
+        num_kv_heads: Heads of keys and values.
+        head_dim: Elements of a query, a key and a value.
+        num_q_heads: Heads of queries; 0: taken from each step.
+        capacity: Tokens that stay visible, sink tokens included.
+        sink_tokens: First tokens that never fall out.
+        dtype: Storage dtype by name.
+        page_size: Tokens of a page.
+        rollback: Newest tokens that can always be truncated.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    num_q_heads: int
+    capacity: int
+    sink_tokens: int
+    dtype: str
+    page_size: int
+    rollback: int
+
+    def kv_bytes(self, itemsize: int) -> int:
+        """Bytes that the cache can come to, its bookkeeping included; exact however large (Python's integers)."""
+        layout = RingLayout(
+            capacity=self.capacity, sink_tokens=self.sink_tokens, page_size=self.page_size, rollback=self.rollback
+        )
+        page = 2 * self.num_kv_heads * self.page_size * self.head_dim * itemsize + _PAGE_OVERHEAD
+        return self.num_layers * layout.slots * page + _SESSION_OVERHEAD
+
+    def new_cache(self, backend: str | None) -> RingKVCache:
+        """Make the empty cache."""
+        return RingKVCache(
+            self.num_layers,
+            self.num_kv_heads,
+            self.head_dim,
+            capacity=self.capacity,
+            sink_tokens=self.sink_tokens,
+            dtype=self.dtype,
+            page_size=self.page_size,
+            rollback=self.rollback,
+            backend=backend,
+        )
+
+
+@dataclass(eq=False, slots=True)
+class Session:
+    """One sequence.
+
+    Attributes:
+        id: 128 random bits in hex.
+        shape: What its cache is made for.
+        kv_bytes: Bytes reserved for the cache.
+        ttl: Seconds without a step after which the session ends.
+        created_at: Seconds since the epoch.
+        expires: When it ends if no step comes, on the clock of `time.monotonic`.
+        in_flight: Steps waiting or running.
+        writer: Whose steps those are.
+        lost: Makes the error that every call gets from now on; None while the session lives.
+        cache: Keys and values; None before the engine has made it and after it has let go of it.
+        steps: Steps taken; counted by the engine.
+    """
+
+    id: str
+    shape: Shape
+    kv_bytes: int
+    ttl: float
+    created_at: float
+    expires: float
+    in_flight: int = 0
+    writer: object = None
+    lost: Callable[[], SessionLostError] | None = None
+    cache: RingKVCache | None = None
+    steps: int = 0
+
+    @property
+    def expires_at(self) -> float:
+        """When the session ends if no step comes, in seconds since the epoch."""
+        return time.time() + self.expires - time.monotonic()
+
+    def lengths(self) -> list[int]:
+        """Tokens that each layer holds."""
+        cache = self.cache
+        return [0] if cache is None else [cache.length(layer) for layer in range(self.shape.num_layers)]
+
+    def begin_step(self, writer: object) -> None:
+        """Count a step in, for a call or a stream.
+
+        Raises:
+            BusyError: Steps of another one are in flight.
+        """
+        if self.in_flight and self.writer is not writer:
+            raise BusyError(f"another call has {self.in_flight} steps of this session in flight", retry_after=0.005)
+        self.writer = writer
+        self.in_flight += 1
+
+    def end_step(self) -> None:
+        """Count a step out, and let the session live on for its time to live."""
+        self.in_flight -= 1
+        if not self.in_flight:
+            self.writer = None
+        self.expires = time.monotonic() + self.ttl
+
+
+class SessionTable:
+    """All sessions, within a number of them and a number of bytes.
+
+    Args:
+        kv_memory: Bytes that all sessions together may reserve.
+        max_sessions: Sessions at a time.
+    """
+
+    def __init__(self, kv_memory: int, max_sessions: int) -> None:
+        self.kv_memory = kv_memory
+        self.kv_reserved = 0
+        self._max_sessions = max_sessions
+        self._sessions: dict[str, Session] = {}
+        self._tombstones: OrderedDict[str, Callable[[], SessionLostError]] = OrderedDict()  # oldest first
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._sessions.values()))
+
+    def create(self, shape: Shape, ttl: float, itemsize: int) -> Session:
+        """Enter a new session and reserve its bytes; the engine makes its cache.
+
+        Raises:
+            KVBudgetError: There are not so many bytes left.
+            QuotaError: There are as many sessions as may be.
+        """
+        if len(self._sessions) >= self._max_sessions:
+            raise QuotaError(f"there are {self._max_sessions} sessions, the most that may be", retry_after=1.0)
+        kv_bytes = shape.kv_bytes(itemsize)
+        if kv_bytes > self.kv_memory - self.kv_reserved:
+            raise KVBudgetError(
+                f"the session needs {kv_bytes} bytes; {self.kv_memory - self.kv_reserved} of {self.kv_memory} are left",
+                # No waiting helps where the whole memory is too small.
+                retry_after=1.0 if kv_bytes <= self.kv_memory else None,
+            )
+        self.kv_reserved += kv_bytes
+        session = Session(
+            id=secrets.token_hex(16),
+            shape=shape,
+            kv_bytes=kv_bytes,
+            ttl=ttl,
+            created_at=time.time(),
+            expires=time.monotonic() + ttl,
+        )
+        self._sessions[session.id] = session
+        return session
+
+    def get(self, session_id: str) -> Session:
+        """Return a session that lives.
+
+        Raises:
+            SessionLostError: It does not; the error says why.
+        """
+        session = self._sessions.get(session_id)
+        if session is None:
+            raise self._tombstones.get(session_id, _never_was)()
+        return session
+
+    def end(self, session: Session, why: Callable[[], SessionLostError]) -> None:
+        """Take a session out of the table; its bytes stay reserved until `release`."""
+        session.lost = why
+        del self._sessions[session.id]
+        self._tombstones[session.id] = why
+        if len(self._tombstones) > _MAX_TOMBSTONES:
+            self._tombstones.popitem(last=False)
+
+    def release(self, session: Session) -> None:
+        """Give back the bytes of a session whose cache is gone."""
+        self.kv_reserved -= session.kv_bytes
+
+    def end_idle(self) -> list[Session]:
+        """End the sessions whose time is over and that no step is in flight for, and return them."""
+        now = time.monotonic()
+        idle = [session for session in self._sessions.values() if not session.in_flight and session.expires <= now]
+        for session in idle:
+            why = f"the session was idle for its time to live, {session.ttl:g} s"
+            self.end(session, partial(SessionExpiredError, why))
+        return idle
+
+
+def _never_was() -> SessionLostError:
+    return SessionUnknownError("there is no such session")
