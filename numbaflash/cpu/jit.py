@@ -1,0 +1,47 @@
+"""Compiling kernels once for a machine: the result is kept on disk, and belongs to this exact source."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from numba import njit
+from numba.core.caching import FunctionCache
+
+__all__ = ["kernel", "native"]
+
+# A part of a kernel.
+native = njit(error_model="numpy")
+
+
+def kernel(function: Callable[[int, int], None]) -> Any:
+    """Compile `function(task_address, scratch_address)` at its first call, to run without the GIL.
+
+    The machine code is kept where Numba keeps it (NUMBA_CACHE_DIR, __pycache__ or the user's cache directory); where
+    none of them can be written, each process compiles anew.
+    """
+    dispatcher = njit(error_model="numpy", nogil=True)(function)
+    try:
+        dispatcher._cache = _StampedCache(function)
+    except RuntimeError:  # Numba found no directory to write to
+        return dispatcher
+    return dispatcher
+
+
+def _digest_of_sources() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+_SOURCES = _digest_of_sources()
+
+
+class _StampedCache(FunctionCache):
+    """Numba's cache takes the age of one file for a function's version; a kernel is made of all files of this folder."""
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return (*super()._index_key(sig, codegen), _SOURCES)

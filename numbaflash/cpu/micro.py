@@ -1,0 +1,393 @@
+"""Register-tiled micro-kernels: loops whose accumulators all stay in vector registers, emitted as LLVM IR.
+
+Prefill computes with query rows in the lanes ("panels" of query rows, transposed): a key's or value's element is
+broadcast against them, so that softmax needs no horizontal operation and K needs no transposition. Decode has too few
+rows for that; its lanes run over head_dim, straight over the rows of K and V as they lie in memory.
+
+Addresses and strides are int64 bytes. No element is ever summed in another order than its own row's: what one row of a
+tile holds never changes the bits of another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from . import emit
+from .emit import BFLOAT16, F32, FLOAT16, FLOAT32, I64, LANES, VECTOR
+from .jit import native
+from .target import TARGET
+
+__all__ = [
+    "PANEL_VECTORS",
+    "ROWS_PER_SCORE",
+    "TILE_ROWS",
+    "VALUE_VECTORS",
+    "accumulate_panel",
+    "accumulate_panel_skipping_zeros",
+    "multiply_panel",
+    "score_keys",
+    "transpose_block",
+    "weigh_values",
+]
+
+PANEL_VECTORS = 3
+TILE_ROWS = TARGET.rows
+VECTOR_BYTES = 4 * LANES
+
+
+@contextmanager
+def _counted_loop(
+    builder: ir.IRBuilder, steps: ir.Value, start: list[ir.Value]
+) -> Iterator[tuple[ir.Value, list[Any], list[ir.Value], list[Any]]]:
+    """Emit `for step in range(steps)`; yields (step, values carried in, list to fill with values carried out, results).
+
+    Where `steps` is 0 the results are the start values.
+    """
+    before = builder.block
+    body = builder.append_basic_block("body")
+    after = builder.append_basic_block("after")
+    zero = ir.Constant(I64, 0)
+    builder.cbranch(builder.icmp_signed(">", steps, zero), body, after)
+    builder.position_at_end(after)
+    results = [builder.phi(value.type) for value in start]
+    builder.position_at_end(body)
+    step = builder.phi(I64)
+    step.add_incoming(zero, before)
+    carried = [builder.phi(value.type) for value in start]
+    for phi, value in zip(carried, start, strict=True):
+        phi.add_incoming(value, before)
+    following: list[ir.Value] = []
+    yield step, carried, following, results
+    next_step = builder.add(step, ir.Constant(I64, 1))
+    step.add_incoming(next_step, builder.block)
+    for phi, result, first, value in zip(carried, results, start, following, strict=True):
+        phi.add_incoming(value, builder.block)
+        result.add_incoming(first, before)
+        result.add_incoming(value, builder.block)
+    builder.cbranch(builder.icmp_signed("<", next_step, steps), body, after)
+    builder.position_at_end(after)
+
+
+def _strided(builder: ir.IRBuilder, base: ir.Value, stride: ir.Value, count: int) -> list[ir.Value]:
+    return [builder.add(base, builder.mul(stride, ir.Constant(I64, i))) if i else base for i in range(count)]
+
+
+# ---- prefill: lanes are query rows ------------------------------------------------------------------------------
+
+
+def _panel_product(vectors: int, accumulate: bool, skip_zeros: bool = False) -> Any:
+    """C[i, :] = sum over k of A[i, k] * B[k, :], for TILE_ROWS rows i and `vectors` vectors of lanes.
+
+    With `accumulate`, C[i, :] = C[i, :] * factor + sum: the online softmax's rescaling costs no pass of its own.
+    With `skip_zeros`, a B[k, lane] of 0 takes nothing from A, be it NaN or infinite.
+    """
+    float_vectors = vectors
+
+    @intrinsic
+    def product(typing_context, a, a_row, a_step, b, b_step, steps, c, c_row, factor):
+        signature = types.void(*(types.int64,) * 9)
+
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+            a, a_row, a_step, b, b_step, steps, c, c_row, factor = args
+            a_rows = _strided(builder, a, a_row, TILE_ROWS)
+            zero = emit.constant(0.0, VECTOR)
+            start = [zero] * (TILE_ROWS * float_vectors)
+            with _counted_loop(builder, steps, start) as (step, sums, following, totals):
+                b_at = builder.add(b, builder.mul(step, b_step))
+                a_offset = builder.mul(step, a_step)
+                row = [
+                    emit.load_at(builder, emit.offset(builder, b_at, j * VECTOR_BYTES), VECTOR)
+                    for j in range(float_vectors)
+                ]
+                nothing = [builder.fcmp_ordered("==", value, zero) for value in row] if skip_zeros else []
+                for i in range(TILE_ROWS):
+                    element = emit.broadcast(builder, emit.load_at(builder, builder.add(a_rows[i], a_offset), F32))
+                    for j in range(float_vectors):
+                        total = sums[i * float_vectors + j]
+                        more = emit.multiply_add(builder, element, row[j], total)
+                        following.append(builder.select(nothing[j], total, more) if skip_zeros else more)
+            factors = [
+                emit.load_at(builder, emit.offset(builder, factor, j * VECTOR_BYTES), VECTOR)
+                for j in range(float_vectors if accumulate else 0)
+            ]
+            for i, c_at in enumerate(_strided(builder, c, c_row, TILE_ROWS)):
+                for j in range(float_vectors):
+                    at = emit.offset(builder, c_at, j * VECTOR_BYTES)
+                    value = totals[i * float_vectors + j]
+                    if accumulate:
+                        value = emit.multiply_add(builder, emit.load_at(builder, at, VECTOR), factors[j], value)
+                    emit.store_at(builder, at, value)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return product
+
+
+_multiply = {vectors: _panel_product(vectors, accumulate=False) for vectors in (1, 2, 3)}
+_accumulate = {vectors: _panel_product(vectors, accumulate=True) for vectors in (1, 2, 3)}
+accumulate_panel_skipping_zeros = _panel_product(1, accumulate=True, skip_zeros=True)
+multiply_1, multiply_2, multiply_3 = _multiply[1], _multiply[2], _multiply[3]
+accumulate_1, accumulate_2, accumulate_3 = _accumulate[1], _accumulate[2], _accumulate[3]
+
+
+@native
+def multiply_panel(vectors, a, a_row, a_step, b, b_step, steps, c, c_row):
+    """C = A B for a panel of 1 to PANEL_VECTORS vectors; see `_panel_product`."""
+    if vectors == 3:
+        multiply_3(a, a_row, a_step, b, b_step, steps, c, c_row, 0)
+    elif vectors == 2:
+        multiply_2(a, a_row, a_step, b, b_step, steps, c, c_row, 0)
+    else:
+        multiply_1(a, a_row, a_step, b, b_step, steps, c, c_row, 0)
+
+
+@native
+def accumulate_panel(vectors, a, a_row, a_step, b, b_step, steps, c, c_row, factor):
+    """C = C * factor + A B for a panel of 1 to PANEL_VECTORS vectors; see `_panel_product`."""
+    if vectors == 3:
+        accumulate_3(a, a_row, a_step, b, b_step, steps, c, c_row, factor)
+    elif vectors == 2:
+        accumulate_2(a, a_row, a_step, b, b_step, steps, c, c_row, factor)
+    else:
+        accumulate_1(a, a_row, a_step, b, b_step, steps, c, c_row, factor)
+
+
+# ---- decode: lanes run over head_dim ----------------------------------------------------------------------------
+
+# Query heads that share a KV head go through the micro-kernels by fours, so that a vector of K or V, once loaded and
+# widened, serves four rows; and one by one where there is only one.
+ROWS_PER_SCORE = 4
+VALUE_VECTORS = 4 if TARGET.rows == 8 else 2
+
+
+def _merged(builder: ir.IRBuilder, x: ir.Value, y: ir.Value, span: int) -> ir.Value:
+    """Halve the sums that x and y hold, each spread over `span` lanes, into one vector of twice as many sums."""
+    lanes = range(LANES)
+    if span > 4:  # whole 128-bit lanes move
+        first = [i for i in lanes if i % span < span // 2]
+        low = [*first, *(LANES + i for i in first)]
+        high = [i + span // 2 for i in low]
+    else:  # within each 128-bit lane: two elements of x, then two of y
+        low = [[0, 1], [0, 2]][span == 2]
+        high = [[2, 3], [1, 3]][span == 2]
+        low, high = (
+            [at + i for at in range(0, LANES, 4) for source in (0, LANES) for i in (source + p for p in picks)]
+            for picks in (low, high)
+        )
+    return builder.fadd(emit.shuffle(builder, x, y, low), emit.shuffle(builder, x, y, high))
+
+
+def _merged_labels(x: list[int], y: list[int], span: int) -> list[int]:
+    """The order in which `_merged` leaves the sums."""
+    if span > 4:
+        return [*x, *y]
+    per_lane = 4 // span
+    return [label for at in range(0, len(x), per_lane) for label in (*x[at : at + per_lane], *y[at : at + per_lane])]
+
+
+def _horizontal_sums(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+    """A vector whose lane i is the sum of the lanes of vectors[i]: a transposition that adds, log2(LANES) deep."""
+    order = _reduced_order([[i] for i in range(LANES)])
+    level = [vectors[order.index(i)] for i in range(LANES)]
+    span = LANES
+    while len(level) > 1:
+        level = [_merged(builder, x, y, span) for x, y in zip(level[::2], level[1::2], strict=True)]
+        span //= 2
+    return level[0]
+
+
+def _reduced_order(level: list[list[int]]) -> list[int]:
+    span = LANES
+    while len(level) > 1:
+        level = [_merged_labels(x, y, span) for x, y in zip(level[::2], level[1::2], strict=True)]
+        span //= 2
+    return level[0]
+
+
+def _score_block(dtype: int, rows: int) -> Any:
+    """scores[row, key] = q[row] . k[key] for `rows` rows and LANES / rows keys; keys past `last` repeat key `last`."""
+    keys = LANES // rows
+
+    @intrinsic
+    def score(typing_context, k, k_stride, last, q, q_row, steps, scores, scores_row):
+        signature = types.void(*(types.int64,) * 8)
+
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+            k, k_stride, last, q, q_row, steps, scores, scores_row = args
+            key_at = []
+            for key in range(keys):
+                wanted = ir.Constant(I64, key)
+                index = builder.select(builder.icmp_signed("<", wanted, last), wanted, last)
+                key_at.append(builder.add(k, builder.mul(index, k_stride)))
+            q_rows = _strided(builder, q, q_row, rows)
+            start = [emit.constant(0.0, VECTOR)] * LANES
+            with _counted_loop(builder, steps, start) as (step, sums, following, totals):
+                element = ir.Constant(I64, LANES * (4 if dtype == FLOAT32 else 2))
+                k_offset = builder.mul(step, element)
+                q_offset = builder.mul(step, ir.Constant(I64, VECTOR_BYTES))
+                queries = [emit.load_at(builder, builder.add(at, q_offset), VECTOR) for at in q_rows]
+                updated: dict[tuple[int, int], ir.Value] = {}
+                for key in range(keys):
+                    vector = emit.load_widened(builder, builder.add(key_at[key], k_offset), dtype)
+                    for row in range(rows):
+                        updated[row, key] = emit.multiply_add(builder, queries[row], vector, sums[row * keys + key])
+                following += [updated[row, key] for row in range(rows) for key in range(keys)]
+            result = _horizontal_sums(builder, totals)
+            for row, at in enumerate(_strided(builder, scores, scores_row, rows)):
+                part = emit.shuffle(builder, result, result, list(range(row * keys, (row + 1) * keys)))
+                emit.store_at(builder, at, part)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return score
+
+
+def _value_block(dtype: int, rows: int, vectors: int) -> Any:
+    """out[row, :] += sum over keys of weights[row, key] * v[key, :], for `vectors` vectors of head_dim."""
+
+    @intrinsic
+    def weigh(typing_context, v, v_stride, weights, weights_row, keys, out, out_row):
+        signature = types.void(*(types.int64,) * 7)
+
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+            v, v_stride, weights, weights_row, keys, out, out_row = args
+            weight_rows = _strided(builder, weights, weights_row, rows)
+            places = [
+                emit.offset(builder, at, j * VECTOR_BYTES)
+                for at in _strided(builder, out, out_row, rows)
+                for j in range(vectors)
+            ]
+            start = [emit.load_at(builder, at, VECTOR) for at in places]
+            with _counted_loop(builder, keys, start) as (key, sums, following, totals):
+                v_at = builder.add(v, builder.mul(key, v_stride))
+                nbytes = LANES * (4 if dtype == FLOAT32 else 2)
+                values = [
+                    emit.load_widened(builder, emit.offset(builder, v_at, j * nbytes), dtype) for j in range(vectors)
+                ]
+                weight_offset = builder.mul(key, ir.Constant(I64, 4))
+                for row, at in enumerate(weight_rows):
+                    weight = emit.broadcast(builder, emit.load_at(builder, builder.add(at, weight_offset), F32))
+                    following += [
+                        emit.multiply_add(builder, weight, values[j], sums[row * vectors + j]) for j in range(vectors)
+                    ]
+            for at, total in zip(places, totals, strict=True):
+                emit.store_at(builder, at, total)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return weigh
+
+
+def _by_dtype(block: Any, *shape: int) -> tuple[Any, Any, Any]:
+    return block(FLOAT32, *shape), block(FLOAT16, *shape), block(BFLOAT16, *shape)
+
+
+score_f32_4, score_f16_4, score_bf16_4 = _by_dtype(_score_block, ROWS_PER_SCORE)
+score_f32_1, score_f16_1, score_bf16_1 = _by_dtype(_score_block, 1)
+weigh_f32_4, weigh_f16_4, weigh_bf16_4 = _by_dtype(_value_block, ROWS_PER_SCORE, VALUE_VECTORS)
+weigh_f32_1, weigh_f16_1, weigh_bf16_1 = _by_dtype(_value_block, 1, VALUE_VECTORS)
+weigh_tail_f32_4, weigh_tail_f16_4, weigh_tail_bf16_4 = _by_dtype(_value_block, ROWS_PER_SCORE, 1)
+weigh_tail_f32_1, weigh_tail_f16_1, weigh_tail_bf16_1 = _by_dtype(_value_block, 1, 1)
+
+
+@native
+def score_keys(dtype, rows, k, k_stride, count, q, q_row, steps, scores, scores_row):
+    """scores[row, key] = q[row] . k[key] for `rows` (1 or ROWS_PER_SCORE) rows and `count` keys.
+
+    q is float32, padded with zeros to `steps` whole vectors; k holds as many elements of `dtype`. Up to LANES scores
+    past `count` are overwritten.
+    """
+    keys = LANES // rows
+    for key in range(0, count, keys):
+        at = k + key * k_stride
+        last = count - 1 - key
+        to = scores + 4 * key
+        if rows == 1:
+            if dtype == FLOAT32:
+                score_f32_1(at, k_stride, last, q, q_row, steps, to, scores_row)
+            elif dtype == FLOAT16:
+                score_f16_1(at, k_stride, last, q, q_row, steps, to, scores_row)
+            else:
+                score_bf16_1(at, k_stride, last, q, q_row, steps, to, scores_row)
+        elif dtype == FLOAT32:
+            score_f32_4(at, k_stride, last, q, q_row, steps, to, scores_row)
+        elif dtype == FLOAT16:
+            score_f16_4(at, k_stride, last, q, q_row, steps, to, scores_row)
+        else:
+            score_bf16_4(at, k_stride, last, q, q_row, steps, to, scores_row)
+
+
+@native
+def weigh_values(dtype, rows, v, v_stride, weights, weights_row, count, out, out_row, steps):
+    """out[row] += sum of weights[row, key] * v[key] over `count` keys, for `steps` vectors of head_dim."""
+    nbytes = LANES * (4 if dtype == FLOAT32 else 2)
+    step = 0
+    while step < steps:
+        v_at = v + step * nbytes
+        to = out + step * VECTOR_BYTES
+        if step + VALUE_VECTORS <= steps:
+            step += VALUE_VECTORS
+            if rows == 1:
+                if dtype == FLOAT32:
+                    weigh_f32_1(v_at, v_stride, weights, weights_row, count, to, out_row)
+                elif dtype == FLOAT16:
+                    weigh_f16_1(v_at, v_stride, weights, weights_row, count, to, out_row)
+                else:
+                    weigh_bf16_1(v_at, v_stride, weights, weights_row, count, to, out_row)
+            elif dtype == FLOAT32:
+                weigh_f32_4(v_at, v_stride, weights, weights_row, count, to, out_row)
+            elif dtype == FLOAT16:
+                weigh_f16_4(v_at, v_stride, weights, weights_row, count, to, out_row)
+            else:
+                weigh_bf16_4(v_at, v_stride, weights, weights_row, count, to, out_row)
+        else:
+            step += 1
+            if rows == 1:
+                if dtype == FLOAT32:
+                    weigh_tail_f32_1(v_at, v_stride, weights, weights_row, count, to, out_row)
+                elif dtype == FLOAT16:
+                    weigh_tail_f16_1(v_at, v_stride, weights, weights_row, count, to, out_row)
+                else:
+                    weigh_tail_bf16_1(v_at, v_stride, weights, weights_row, count, to, out_row)
+            elif dtype == FLOAT32:
+                weigh_tail_f32_4(v_at, v_stride, weights, weights_row, count, to, out_row)
+            elif dtype == FLOAT16:
+                weigh_tail_f16_4(v_at, v_stride, weights, weights_row, count, to, out_row)
+            else:
+                weigh_tail_bf16_4(v_at, v_stride, weights, weights_row, count, to, out_row)
+
+
+# ---- between the two layouts ------------------------------------------------------------------------------------
+
+
+@intrinsic
+def transpose_block(typing_context, source, source_row, target, target_row):
+    """Transpose a block of LANES x LANES float32; source and target do not overlap."""
+    signature = types.void(*(types.int64,) * 4)
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        source, source_row, target, target_row = args
+        rows = [emit.load_at(builder, at, VECTOR) for at in _strided(builder, source, source_row, LANES)]
+        half = LANES // 2
+        while half:  # swap the off-diagonal quarters of each square of 2 * half
+            for i in range(LANES):
+                if i & half == 0:
+                    a, b = rows[i], rows[i + half]
+                    lanes = range(LANES)
+                    rows[i] = emit.shuffle(builder, a, b, [x + LANES - half if x & half else x for x in lanes])
+                    rows[i + half] = emit.shuffle(builder, a, b, [x + LANES if x & half else x + half for x in lanes])
+            half //= 2
+        for at, row in zip(_strided(builder, target, target_row, LANES), rows, strict=True):
+            emit.store_at(builder, at, row)
+        return context.get_dummy_value()
+
+    return signature, codegen

@@ -1,0 +1,125 @@
+"""Running a kernel on all cores: the calling thread works, and a few waiting threads join in.
+
+Work items are taken from a counter in the task itself, so whoever is late finds nothing to do, and a call returns when
+its items are done, whether or not the helpers have woken up. Any number of threads may call at once; each call makes
+progress by its own thread.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+from numba import types
+from numpy.typing import NDArray
+
+from .jit import kernel
+from .task import TASK, task_at
+from .vector import atomic_load, pause
+
+__all__ = ["run"]
+
+_SPINS = 2000  # pauses of some 40 to 140 cycles: about 50 us
+_NAP_MICROSECONDS = 50
+
+_usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
+_ITEMS_DONE = TASK.fields["items_done"][1]
+
+
+def run(kernel: Any, task: NDArray[Any], scratch_bytes: int, helpers: int, keep_alive: tuple[Any, ...]) -> None:
+    """Run `kernel` on a task until all its items are done.
+
+    Args:
+        kernel: Takes items until there are none.
+        task: One TASK record.
+        scratch_bytes: Memory that the kernel wants for each thread.
+        helpers: Threads that may join in.
+        keep_alive: What the addresses in the task point into.
+    """
+    address = task.ctypes.data
+    try:
+        if helpers > 0:
+            _helpers.ask(helpers, (kernel, task, scratch_bytes, keep_alive))
+    finally:
+        # Even when Ctrl-C comes in between, nobody may be left writing when the caller gives the memory away.
+        _complete(kernel, address, _scratch(scratch_bytes))
+
+
+def _complete(kernel: Any, task_address: int, scratch: int) -> None:
+    interrupt = None
+    while True:
+        try:
+            kernel(task_address, scratch)
+            _await_items(task_address, 0)
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
+@kernel
+def _await_items(task_address, _):
+    """Return when all items are done, the helpers' included."""
+    items = task_at(task_address).items
+    spins = 0
+    while atomic_load(task_address + _ITEMS_DONE) < items:
+        if spins < _SPINS:
+            spins += 1
+            pause()
+        else:
+            _usleep(_NAP_MICROSECONDS)
+
+
+_Job = tuple[Any, NDArray[Any], int, tuple[Any, ...]]
+
+
+class _Helpers:
+    """Threads that wait for tasks; started when first needed, they end with the process."""
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[_Job] = SimpleQueue()
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def ask(self, count: int, job: _Job) -> None:
+        """Let `count` helpers join in; the job's references hold the memory until each has seen it."""
+        if self._count < count:
+            with self._lock:
+                while self._count < count:
+                    threading.Thread(target=self._work, name=f"numbaflash-{self._count}", daemon=True).start()
+                    self._count += 1
+        for _ in range(count):
+            self._jobs.put(job)
+
+    def _work(self) -> None:
+        while True:
+            kernel, task, scratch_bytes, keep_alive = self._jobs.get()
+            kernel(task.ctypes.data, _scratch(scratch_bytes))
+            del kernel, task, keep_alive
+
+
+_helpers = _Helpers()
+_memory = threading.local()
+
+
+def _scratch(nbytes: int) -> int:
+    """Address of this thread's scratch memory, aligned to a cache line and kept for the next call."""
+    block: NDArray[np.uint8] | None = getattr(_memory, "block", None)
+    if block is None or block.nbytes < nbytes + 64:
+        block = _memory.block = np.empty(nbytes + 64, np.uint8)
+        _memory.address = (block.ctypes.data + 63) // 64 * 64
+    address: int = _memory.address
+    return address
+
+
+def _forget_helpers() -> None:
+    """A forked child has none of its parent's threads."""
+    global _helpers
+    _helpers = _Helpers()
+
+
+os.register_at_fork(after_in_child=_forget_helpers)

@@ -1,0 +1,45 @@
+"""One call, as the kernels see it: a record of addresses, strides and options that all threads share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import from_dtype, types
+from numba.extending import intrinsic
+
+__all__ = ["BOOL_BIAS", "NO_BIAS", "TASK", "task_at"]
+
+# What bias_dtype says beside the codes of the dtypes.
+BOOL_BIAS = 3
+NO_BIAS = -1
+
+# Addresses and strides are in bytes; an address of 0 means that the call has no such array.
+_INTEGERS = (
+    # The work: items are taken by adding to next_item, and reported by adding to items_done.
+    *("next_item", "items_done", "items", "rows_per_item", "splits"),
+    *("sequences", "q_tokens", "q_heads", "kv_heads", "group", "head_dim", "value_dim"),
+    *("q", "q_batch", "q_token", "q_head", "q_dtype"),
+    *("out", "out_batch", "out_token", "out_head"),
+    *("lse", "lse_batch", "lse_head", "lse_token"),
+    # KVRuns and Visibility.
+    *("runs", "bounds", "kv_dtype", "q_start", "left", "right", "sinks"),
+    # Scoring.
+    *("alibi_slopes", "sink_logits"),
+    *("bias", "bias_batch", "bias_head", "bias_row", "bias_key", "bias_dtype"),
+    # Decode's results by split, and how many splits of each group are done.
+    *("partials", "splits_done"),
+)
+TASK = np.dtype([(name, np.int64) for name in _INTEGERS] + [("scale", np.float32), ("softcap", np.float32)])
+
+_RECORD = from_dtype(TASK)
+
+
+@intrinsic
+def task_at(typing_context, address):
+    """The TASK record at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(_RECORD))
+
+    return _RECORD(types.int64), codegen
