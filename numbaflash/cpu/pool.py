@@ -17,7 +17,7 @@ from numba import types
 from numpy.typing import NDArray
 
 from .jit import kernel
-from .task import TASK, task_at
+from .task import ITEMS_DONE, task_at
 from .vector import atomic_load, pause
 
 __all__ = ["run"]
@@ -26,7 +26,6 @@ _SPINS = 2000  # pauses of some 40 to 140 cycles: about 50 us
 _NAP_MICROSECONDS = 50
 
 _usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
-_ITEMS_DONE = TASK.fields["items_done"][1]
 
 
 def run(kernel: Any, task: NDArray[Any], scratch_bytes: int, helpers: int, keep_alive: tuple[Any, ...]) -> None:
@@ -66,7 +65,7 @@ def _await_items(task_address, _):
     """Return when all items are done, the helpers' included."""
     items = task_at(task_address).items
     spins = 0
-    while atomic_load(task_address + _ITEMS_DONE) < items:
+    while atomic_load(task_address + ITEMS_DONE) < items:
         if spins < _SPINS:
             spins += 1
             pause()

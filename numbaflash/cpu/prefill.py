@@ -29,8 +29,8 @@ from .panel import (
     weigh_panel,
 )
 from .rows import padded
-from .task import NO_BIAS, task_at
-from .vector import LANES, atomic_add, load_int, splat, store
+from .task import NO_BIAS, report_item, take_item, task_at
+from .vector import LANES, load_int, splat, store
 
 __all__ = ["MAX_ITEM_ROWS", "PREFILL_SCRATCH", "prefill"]
 
@@ -61,7 +61,7 @@ def prefill(task_address, scratch):
     pairs = task.sequences * task.kv_heads
     tiles = task.items // max(pairs, 1)
     while True:
-        item = atomic_add(task_address, 1)  # next_item is the record's first field
+        item = take_item(task_address)
         if item >= task.items:
             break
         # Under a causal mask the last rows see the most keys: heaviest first keeps all threads busy to the end.
@@ -72,7 +72,7 @@ def prefill(task_address, scratch):
         if not attend_rows(task, sequence, kv_head, row, rows, scratch, False):
             # Somewhere a NaN or an infinity came in: again, and see to it that it stays with the rows that see it.
             attend_rows(task, sequence, kv_head, row, rows, scratch, True)
-        atomic_add(task_address + 8, 1)
+        report_item(task_address)
 
 
 @native

@@ -10,15 +10,18 @@ from numpy.typing import NDArray
 
 from ..problem import BFLOAT16, FLOAT16, FLOAT32, AttentionProblem, Scoring
 from . import emit
+from .decode import DECODE_SCRATCH, decode, plan_decode
+from .panel import PANEL_ROWS
 from .pool import run
 from .prefill import MAX_ITEM_ROWS, PREFILL_SCRATCH, prefill
 from .runs import RUN_FIELDS, UNBOUNDED, KVRuns, Visibility
+from .vector import LANES
 from .task import BOOL_BIAS, NO_BIAS, TASK
 
 __all__ = ["SPLIT_KV_MAX_TOKENS", "attend_runs", "attention"]
 
 # Steps of at most that many tokens go to the split-KV decode kernel, larger ones to the prefill kernel.
-SPLIT_KV_MAX_TOKENS = 0
+SPLIT_KV_MAX_TOKENS = 8
 
 _CODES = {FLOAT32: emit.FLOAT32, FLOAT16: emit.FLOAT16, BFLOAT16: emit.BFLOAT16, np.dtype(np.bool_): BOOL_BIAS}
 
@@ -72,51 +75,84 @@ def attend_runs(
         The output (N, T, Hq, Dv) in q's dtype and the natural log-sum-exp (N, Hq, T), float32.
     """
     q = _readable(q)
-    sequences, tokens, q_heads, head_dim = q.shape
+    sequences, tokens, q_heads, _ = q.shape
     out = np.empty((sequences, tokens, q_heads, runs.value_dim), q.dtype)
     lse = np.empty((sequences, q_heads, tokens), np.float32)
-    group = q_heads // runs.kv_heads
-    rows = tokens * group
-    rows_per_item = MAX_ITEM_ROWS
-    items = sequences * runs.kv_heads * -(-rows // rows_per_item)
-    bias = scoring.bias
+    if out.shape[0] * tokens == 0:
+        return out, lse
+    task = _task(q, runs, visibility, scoring, out, lse)
+    references = (q, out, lse, runs, visibility, scoring)
+    if tokens <= SPLIT_KV_MAX_TOKENS:
+        _decode(task, references)
+    else:
+        _prefill(task, references)
+    return out, lse
+
+
+def _prefill(task: NDArray[Any], references: tuple[Any, ...]) -> None:
+    record = task[0]
+    pairs = int(record["sequences"] * record["kv_heads"])
+    rows = int(record["q_tokens"] * record["group"])
+    panels = -(-rows // PANEL_ROWS)
+    # Several items a thread, so that no thread waits long for the last one.
+    per_item = min(max(pairs * panels // (4 * _threads()), 1), MAX_ITEM_ROWS // PANEL_ROWS)
+    record["rows_per_item"] = per_item * PANEL_ROWS
+    record["items"] = items = pairs * -(-panels // per_item)
+    run(prefill, task, PREFILL_SCRATCH, min(_threads(), items) - 1, references)
+
+
+def _decode(task: NDArray[Any], references: tuple[Any, ...]) -> None:
+    plan_decode(task.ctypes.data, 0)
+    record = task[0]
+    items, splits = int(record["items"]), int(record["splits"])
+    if splits > 1:
+        row_bytes = 4 * (-(-int(record["value_dim"]) // LANES) * LANES) + 8
+        partials = np.empty(items * int(record["rows_per_item"]) * row_bytes, np.uint8)
+        splits_done = np.zeros(items // splits, np.int64)
+        record["partials"], record["splits_done"] = partials.ctypes.data, splits_done.ctypes.data
+        references = (*references, partials, splits_done)
+    run(decode, task, DECODE_SCRATCH, min(_threads(), items) - 1, references)
+
+
+def _task(
+    q: NDArray[Any],
+    runs: KVRuns,
+    visibility: Visibility,
+    scoring: Scoring,
+    out: NDArray[Any],
+    lse: NDArray[np.float32],
+) -> NDArray[Any]:
     task = np.zeros(1, TASK)
     record = task[0]
-    record["items"] = items
-    record["rows_per_item"] = rows_per_item
-    record["sequences"], record["q_tokens"], record["q_heads"] = sequences, tokens, q_heads
-    record["kv_heads"], record["group"], record["head_dim"] = runs.kv_heads, group, head_dim
-    record["value_dim"] = runs.value_dim
+    record["sequences"], record["q_tokens"], record["q_heads"] = q.shape[:3]
+    record["kv_heads"], record["group"] = runs.kv_heads, q.shape[2] // runs.kv_heads
+    record["head_dim"], record["value_dim"] = runs.head_dim, runs.value_dim
     record["q"], record["q_dtype"] = q.ctypes.data, _CODES[q.dtype]
     record["q_batch"], record["q_token"], record["q_head"] = q.strides[:3]
     record["out"] = out.ctypes.data
     record["out_batch"], record["out_token"], record["out_head"] = out.strides[:3]
     record["lse"] = lse.ctypes.data
     record["lse_batch"], record["lse_head"], record["lse_token"] = lse.strides
-    record["runs"], record["bounds"], record["kv_dtype"] = (
-        runs.table.ctypes.data,
-        runs.bounds.ctypes.data,
-        _CODES[runs.dtype],
-    )
+    record["runs"], record["bounds"] = runs.table.ctypes.data, runs.bounds.ctypes.data
+    record["kv_dtype"] = _CODES[runs.dtype]
     record["q_start"], record["left"] = visibility.q_start.ctypes.data, visibility.left.ctypes.data
     record["right"], record["sinks"] = visibility.right.ctypes.data, visibility.sinks.ctypes.data
-    record["bias_dtype"] = NO_BIAS
-    if bias is not None:
-        record["bias"], record["bias_dtype"] = bias.ctypes.data, _CODES[bias.dtype]
-        record["bias_batch"], record["bias_head"], record["bias_row"], record["bias_key"] = bias.strides
+    record["scale"], record["softcap"] = scoring.scale, scoring.softcap
     if scoring.alibi_slopes is not None:
         record["alibi_slopes"] = scoring.alibi_slopes.ctypes.data
     if scoring.sink_logits is not None:
         record["sink_logits"] = scoring.sink_logits.ctypes.data
-    record["scale"], record["softcap"] = scoring.scale, scoring.softcap
-    run(
-        prefill,
-        task,
-        PREFILL_SCRATCH,
-        min(numba.config.NUMBA_NUM_THREADS, items) - 1,
-        (q, out, lse, runs, visibility, scoring),
-    )
-    return out, lse
+    record["bias_dtype"] = NO_BIAS
+    if scoring.bias is not None:
+        bias = scoring.bias
+        record["bias"], record["bias_dtype"] = bias.ctypes.data, _CODES[bias.dtype]
+        record["bias_batch"], record["bias_head"], record["bias_row"], record["bias_key"] = bias.strides
+    return task
+
+
+def _threads() -> int:
+    count: int = numba.config.NUMBA_NUM_THREADS
+    return count
 
 
 def _readable(array: NDArray[Any]) -> NDArray[Any]:

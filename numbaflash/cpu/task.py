@@ -8,7 +8,10 @@ import numpy as np
 from numba import from_dtype, types
 from numba.extending import intrinsic
 
-__all__ = ["BOOL_BIAS", "NO_BIAS", "TASK", "task_at"]
+from .jit import native
+from .vector import atomic_add
+
+__all__ = ["BOOL_BIAS", "ITEMS_DONE", "NO_BIAS", "TASK", "report_item", "take_item", "task_at"]
 
 # What bias_dtype says beside the codes of the dtypes.
 BOOL_BIAS = 3
@@ -32,6 +35,8 @@ _INTEGERS = (
 )
 TASK = np.dtype([(name, np.int64) for name in _INTEGERS] + [("scale", np.float32), ("softcap", np.float32)])
 
+NEXT_ITEM, ITEMS_DONE = (8 * _INTEGERS.index(name) for name in ("next_item", "items_done"))
+
 _RECORD = from_dtype(TASK)
 
 
@@ -43,3 +48,15 @@ def task_at(typing_context, address):
         return builder.inttoptr(args[0], context.get_value_type(_RECORD))
 
     return _RECORD(types.int64), codegen
+
+
+@native
+def take_item(task_address):
+    """The number of a work item that nobody has taken; `items` or more where there is none left."""
+    return atomic_add(task_address + NEXT_ITEM, 1)
+
+
+@native
+def report_item(task_address):
+    """Tell that a work item is done, and what it wrote can be read."""
+    atomic_add(task_address + ITEMS_DONE, 1)

@@ -1,0 +1,355 @@
+"""Split-KV decode ("FlashDecoding"): few query tokens, many keys, bound by reading K and V once.
+
+A work item is one split of the keys of one KV head: positions s * SPLIT_KEYS to (s + 1) * SPLIT_KEYS, whatever the
+number of threads. All rows (tokens x query heads of the group) go through it together, so K and V are read once, in the
+dtype and the place in which they are. Whoever finishes the last split of a head merges them, in order, by their m and l.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..problem import MAX_HEAD_DIM
+from .emit import FLOAT32
+from .functions import LOG2E, exp2, tanh
+from .jit import kernel, native
+from .kv import TILE_KEYS, run_end, run_field, runs_end, skip_runs
+from .micro import ROWS_PER_SCORE, score_keys, weigh_values
+from .panel import VECTOR_BYTES, add_bias, is_finite, normalize, query_factor, query_position
+from .rows import clear, narrow_row, padded, widen_row
+from .runs import K_ADDRESS, K_HEAD_STRIDE, K_TOKEN_STRIDE, START, V_ADDRESS, V_HEAD_STRIDE, V_TOKEN_STRIDE
+from .task import NO_BIAS, report_item, take_item, task_at
+from .vector import (
+    LANES,
+    absolute,
+    add,
+    atomic_add,
+    fma,
+    horizontal_max,
+    horizontal_sum,
+    lane_numbers,
+    load,
+    load_float,
+    load_int,
+    maximum,
+    mul,
+    splat,
+    store,
+    store_float,
+    sub,
+)
+
+__all__ = ["DECODE_SCRATCH", "MAX_DECODE_ROWS", "decode", "plan_decode"]
+
+# Keys of a split: enough that merging costs nothing beside reading them, few enough that one KV head of a 4096 token
+# sequence still makes 8 items.
+SPLIT_KEYS = 512
+MAX_DECODE_ROWS = 64
+
+# Where things lie in a thread's scratch memory. A row of scores has room for a vector more: `score_keys` overruns.
+_SCORE_ROW = 4 * (SPLIT_KEYS + LANES)
+_QUERIES = 0
+_OUT = _QUERIES + 4 * MAX_DECODE_ROWS * MAX_HEAD_DIM
+_TILE = _OUT + 4 * MAX_DECODE_ROWS * MAX_HEAD_DIM
+_SCORES = _TILE + 4 * TILE_KEYS * MAX_HEAD_DIM
+_MAXIMA = _SCORES + MAX_DECODE_ROWS * _SCORE_ROW
+_SUMS = _MAXIMA + 4 * MAX_DECODE_ROWS
+DECODE_SCRATCH = _SUMS + 4 * MAX_DECODE_ROWS
+
+
+@native
+def key_range(task, sequence):
+    """Positions that any query of a sequence may see: (first behind the sinks, end)."""
+    first = max(load_int(task.q_start + 8 * sequence) - load_int(task.left + 8 * sequence), 0)
+    last_query = query_position(task, sequence, task.q_tokens * task.group - 1)
+    return first, min(last_query + load_int(task.right + 8 * sequence) + 1, runs_end(task, sequence))
+
+
+@native
+def count_splits(task, sequence):
+    """Splits that hold sink tokens, the first split of the window, and the number of both together (at least 1)."""
+    first, end = key_range(task, sequence)
+    sinks = max(min(load_int(task.sinks + 8 * sequence), end), 0)
+    sink_splits = (sinks + SPLIT_KEYS - 1) // SPLIT_KEYS
+    window = max(first // SPLIT_KEYS, sink_splits)
+    return sink_splits, window, max(sink_splits + max((end + SPLIT_KEYS - 1) // SPLIT_KEYS - window, 0), 1)
+
+
+@kernel
+def plan_decode(task_address, _):
+    """Fill in rows_per_item, splits and items."""
+    task = task_at(task_address)
+    rows = task.q_tokens * task.group
+    splits = 1
+    for sequence in range(task.sequences):
+        splits = max(splits, count_splits(task, sequence)[2])
+    task.splits = splits
+    task.rows_per_item = min(rows, MAX_DECODE_ROWS)
+    blocks = (rows + task.rows_per_item - 1) // task.rows_per_item
+    task.items = task.sequences * task.kv_heads * blocks * splits
+
+
+@kernel
+def decode(task_address, scratch):
+    """Take work items until there are none; any number of threads may run this at once, each with its own scratch."""
+    task = task_at(task_address)
+    total_rows = task.q_tokens * task.group
+    blocks = (total_rows + task.rows_per_item - 1) // task.rows_per_item
+    while True:
+        item = take_item(task_address)
+        if item >= task.items:
+            break
+        unit, split = item // task.splits, item % task.splits
+        pair, row = unit // blocks, unit % blocks * task.rows_per_item
+        sequence, kv_head = pair // task.kv_heads, pair % task.kv_heads
+        rows = min(task.rows_per_item, total_rows - row)
+        sink_splits, window, splits = count_splits(task, sequence)
+        if split < splits:
+            number = split if split < sink_splits else window + split - sink_splits
+            attend_split(task, sequence, kv_head, row, rows, number, scratch)
+            if splits == 1:
+                write_rows(task, sequence, kv_head, row, rows, scratch)
+            else:
+                save_split(task, unit, split, rows, scratch)
+                if atomic_add(task.splits_done + 8 * unit, 1) == splits - 1:
+                    merge_splits(task, unit, splits, rows, scratch)
+                    write_rows(task, sequence, kv_head, row, rows, scratch)
+        report_item(task_address)
+
+
+@native
+def attend_split(task, sequence, kv_head, row, rows, split, scratch):
+    """Leave O (not divided by l), m and l of one split's keys in scratch memory."""
+    key_row, out_row = 4 * padded(task.head_dim), 4 * padded(task.value_dim)
+    all_rows = rows if rows == 1 else (rows + ROWS_PER_SCORE - 1) // ROWS_PER_SCORE * ROWS_PER_SCORE
+    load_query_rows(task, sequence, kv_head, row, rows, all_rows, scratch + _QUERIES, key_row)
+
+    first, end = key_range(task, sequence)
+    begin = split * SPLIT_KEYS
+    end = min(end, begin + SPLIT_KEYS)
+    if begin >= load_int(task.sinks + 8 * sequence):
+        begin = max(begin, first)
+    count = max(end - begin, 0)
+
+    scores = scratch + _SCORES
+    score_split(task, sequence, kv_head, all_rows, begin, count, scratch)
+    for r in range(rows):
+        at = scores + r * _SCORE_ROW
+        score_options(task, sequence, kv_head, row + r, begin, count, at)
+        mask_row(task, sequence, row + r, begin, count, at)
+        m, total = softmax_row(at, count)
+        store_float(scratch + _MAXIMA + 4 * r, m)
+        store_float(scratch + _SUMS + 4 * r, total)
+    for r in range(rows, all_rows):
+        clear(scores + r * _SCORE_ROW, 4 * padded(count))
+
+    out = scratch + _OUT
+    clear(out, all_rows * out_row)
+    weigh_split(task, sequence, kv_head, all_rows, begin, count, scratch, False)
+    if not is_finite(out, out + rows * out_row):
+        # Somewhere a NaN or an infinity came in: again, and let a weight of 0 take nothing from its value.
+        clear(out, all_rows * out_row)
+        weigh_split(task, sequence, kv_head, rows, begin, count, scratch, True)
+
+
+@native
+def load_query_rows(task, sequence, kv_head, row, rows, all_rows, queries, key_row):
+    factor = splat(query_factor(task))
+    for r in range(rows):
+        token, head = (row + r) // task.group, kv_head * task.group + (row + r) % task.group
+        source = task.q + sequence * task.q_batch + token * task.q_token + head * task.q_head
+        to = queries + r * key_row
+        widen_row(to, source, task.head_dim, task.q_dtype)
+        for at in range(to, to + key_row, VECTOR_BYTES):
+            store(at, mul(load(at), factor))
+    clear(queries + rows * key_row, (all_rows - rows) * key_row)
+
+
+@native
+def score_split(task, sequence, kv_head, rows, begin, count, scratch):
+    """Scores of `count` positions from `begin` on for all rows; -inf where there is no token, and up to whole vectors."""
+    scores, queries, tile = scratch + _SCORES, scratch + _QUERIES, scratch + _TILE
+    query_row = 4 * padded(task.head_dim)
+    whole = task.head_dim % LANES == 0
+    run, stop = load_int(task.bounds + 8 * sequence), load_int(task.bounds + 8 * sequence + 8)
+    run = skip_runs(task, sequence, run, begin)
+    at = 0
+    while run < stop and at < count:
+        low = max(run_field(task, run, START) - begin, at)
+        high = min(run_end(task, run) - begin, count)
+        if low < high:
+            forbid(scores, rows, at, low)
+            stride = run_field(task, run, K_TOKEN_STRIDE)
+            k = run_field(task, run, K_ADDRESS) + kv_head * run_field(task, run, K_HEAD_STRIDE)
+            k += (begin - run_field(task, run, START)) * stride
+            while low < high:
+                if whole:
+                    keys, key_row, dtype, n = k + low * stride, stride, task.kv_dtype, high - low
+                else:
+                    keys, key_row, dtype, n = tile, query_row, FLOAT32, min(high - low, TILE_KEYS)
+                    for i in range(n):
+                        widen_row(tile + i * key_row, k + (low + i) * stride, task.head_dim, task.kv_dtype)
+                r = 0
+                while r < rows:
+                    together = 1 if rows == 1 else ROWS_PER_SCORE
+                    q, to = queries + r * query_row, scores + r * _SCORE_ROW + 4 * low
+                    score_keys(
+                        dtype, together, keys, key_row, n, q, query_row, query_row // VECTOR_BYTES, to, _SCORE_ROW
+                    )
+                    r += together
+                low += n
+            at = high
+        run += 1
+    forbid(scores, rows, at, padded(count))
+
+
+@native
+def forbid(scores, rows, low, high):
+    """Set scores to -inf."""
+    for r in range(rows):
+        for n in range(low, high):
+            store_float(scores + r * _SCORE_ROW + 4 * n, -np.float32(np.inf))
+
+
+@native
+def score_options(task, sequence, kv_head, row, begin, count, scores):
+    """Softcap, ALiBi and bias on a row's scores of `count` positions from `begin` on."""
+    if task.softcap != 0:
+        cap = splat(task.softcap * LOG2E)
+        for at in range(scores, scores + 4 * count, VECTOR_BYTES):
+            store(at, mul(cap, tanh(load(at))))
+    token, head = row // task.group, kv_head * task.group + row % task.group
+    if task.alibi_slopes != 0:
+        slope = load_float(task.alibi_slopes + 4 * (sequence * task.q_heads + head))
+        slopes = splat(-slope * LOG2E)
+        distances = sub(splat(np.float32(query_position(task, sequence, row) - begin)), lane_numbers())
+        for at in range(scores, scores + 4 * count, VECTOR_BYTES):
+            store(at, fma(slopes, absolute(distances), load(at)))
+            distances = sub(distances, splat(np.float32(LANES)))
+    if task.bias_dtype != NO_BIAS:
+        bias = task.bias + sequence * task.bias_batch + head * task.bias_head + token * task.bias_row
+        add_bias(task, bias + begin * task.bias_key, count, scores, 4)
+
+
+@native
+def mask_row(task, sequence, row, begin, count, scores):
+    """Forbid what a row does not see, and what the options may have put behind the last key."""
+    here = query_position(task, sequence, row) - begin
+    low = here - load_int(task.left + 8 * sequence)
+    high = here + load_int(task.right + 8 * sequence) + 1
+    forbid(scores, 1, max(load_int(task.sinks + 8 * sequence) - begin, 0), min(low, count))
+    forbid(scores, 1, min(max(high, 0), count), padded(count))
+
+
+@native
+def softmax_row(scores, count):
+    """Turn a row's scores of base 2 into weights 2^(s - m); returns m and the weights' sum."""
+    forbidden = splat(np.float32(-np.inf))
+    top = forbidden
+    for at in range(scores, scores + 4 * count, VECTOR_BYTES):
+        top = maximum(top, load(at))
+    m = horizontal_max(top)
+    base = splat(np.float32(0) if m == -np.float32(np.inf) else m)
+    total = splat(np.float32(0))
+    for at in range(scores, scores + 4 * count, VECTOR_BYTES):
+        weight = exp2(sub(load(at), base))
+        store(at, weight)
+        total = add(total, weight)
+    return m, horizontal_sum(total)
+
+
+@native
+def weigh_split(task, sequence, kv_head, rows, begin, count, scratch, exact):
+    """O += P V over the positions of a split; with `exact`, a weight of 0 takes nothing from a NaN or an infinity."""
+    weights, out, tile = scratch + _SCORES, scratch + _OUT, scratch + _TILE
+    out_row = 4 * padded(task.value_dim)
+    whole = task.value_dim % LANES == 0
+    run, stop = load_int(task.bounds + 8 * sequence), load_int(task.bounds + 8 * sequence + 8)
+    run = skip_runs(task, sequence, run, begin)
+    at = 0
+    while run < stop and at < count:
+        low = max(run_field(task, run, START) - begin, at)
+        high = min(run_end(task, run) - begin, count)
+        if low < high:
+            stride = run_field(task, run, V_TOKEN_STRIDE)
+            v = run_field(task, run, V_ADDRESS) + kv_head * run_field(task, run, V_HEAD_STRIDE)
+            v += (begin - run_field(task, run, START)) * stride
+            while low < high:
+                if whole:
+                    values, value_row, dtype, n = v + low * stride, stride, task.kv_dtype, high - low
+                else:
+                    values, value_row, dtype, n = tile, out_row, FLOAT32, min(high - low, TILE_KEYS)
+                    for i in range(n):
+                        widen_row(tile + i * value_row, v + (low + i) * stride, task.value_dim, task.kv_dtype)
+                r = 0
+                while r < rows:
+                    together = 1 if exact or rows == 1 else ROWS_PER_SCORE
+                    p, to = weights + r * _SCORE_ROW + 4 * low, out + r * out_row
+                    steps = out_row // VECTOR_BYTES
+                    if exact:
+                        for i in range(n):
+                            if load_float(p + 4 * i) != 0:
+                                weigh_values(
+                                    dtype, 1, values + i * value_row, value_row, p + 4 * i, 0, 1, to, out_row, steps
+                                )
+                    else:
+                        weigh_values(dtype, together, values, value_row, p, _SCORE_ROW, n, to, out_row, steps)
+                    r += together
+                low += n
+            at = high
+        run += 1
+
+
+@native
+def partial_at(task, unit, split):
+    """Address of what one split of one unit left: O row by row, then the rows' m, then their l."""
+    row_bytes = 4 * padded(task.value_dim) + 8
+    return task.partials + (unit * task.splits + split) * task.rows_per_item * row_bytes
+
+
+@native
+def save_split(task, unit, split, rows, scratch):
+    out_row = 4 * padded(task.value_dim)
+    to = partial_at(task, unit, split)
+    for at in range(0, rows * out_row, VECTOR_BYTES):
+        store(to + at, load(scratch + _OUT + at))
+    to += rows * out_row
+    for r in range(rows):
+        store_float(to + 4 * r, load_float(scratch + _MAXIMA + 4 * r))
+        store_float(to + 4 * (rows + r), load_float(scratch + _SUMS + 4 * r))
+
+
+@native
+def merge_splits(task, unit, splits, rows, scratch):
+    """O, m and l over all splits, in scratch memory: each split counts 2^(its m - the largest m)."""
+    out_row = 4 * padded(task.value_dim)
+    for r in range(rows):
+        top = -np.float32(np.inf)
+        for split in range(splits):
+            top = max(top, load_float(partial_at(task, unit, split) + rows * out_row + 4 * r))
+        base = np.float32(0) if top == -np.float32(np.inf) else top
+        out = scratch + _OUT + r * out_row
+        clear(out, out_row)
+        total = np.float32(0)
+        for split in range(splits):
+            partial = partial_at(task, unit, split)
+            m = load_float(partial + rows * out_row + 4 * r)
+            factor = exp2(splat(m - base))
+            total += horizontal_max(factor) * load_float(partial + rows * out_row + 4 * (rows + r))
+            for at in range(0, out_row, VECTOR_BYTES):
+                store(out + at, fma(factor, load(partial + r * out_row + at), load(out + at)))
+        store_float(scratch + _MAXIMA + 4 * r, top)
+        store_float(scratch + _SUMS + 4 * r, total)
+
+
+@native
+def write_rows(task, sequence, kv_head, row, rows, scratch):
+    """Divide O by l, let the sink logit join, and write the rows' outputs and log-sum-exps."""
+    out_row = 4 * padded(task.value_dim)
+    for r in range(rows):
+        token, head = (row + r) // task.group, kv_head * task.group + (row + r) % task.group
+        m, total = load_float(scratch + _MAXIMA + 4 * r), load_float(scratch + _SUMS + 4 * r)
+        factor, log_sum = normalize(task, head, m, total)
+        to = task.out + sequence * task.out_batch + token * task.out_token + head * task.out_head
+        narrow_row(to, scratch + _OUT + r * out_row, task.value_dim, task.q_dtype, factor)
+        store_float(task.lse + sequence * task.lse_batch + head * task.lse_head + token * task.lse_token, log_sum)
