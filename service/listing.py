@@ -27,26 +27,17 @@ def run(target: str, *, json: bool) -> None:
         title=f"{len(sessions)} sessions on {target}: {_size(usage.kv_reserved_bytes)} of"
         f" {_size(usage.kv_memory_bytes)} reserved"
     )
-    for column in (
-        "session",
-        "layers",
-        "kv heads",
-        "head dim",
-        "dtype",
-        "tokens",
-        "window",
-        "memory",
-        "steps",
-        "ends in",
-    ):
-        table.add_column(column, justify="left" if column in ("session", "dtype") else "right")
+    table.add_column("session", no_wrap=True)
+    table.add_column("layers, kv heads, dim")
+    for column in ("tokens", "window", "memory", "steps", "ends in"):
+        table.add_column(column, justify="right")
     now = datetime.now(UTC).timestamp()
     for session in sessions:
-        tokens = f"{session.min_length}" + (f"-{session.max_length}" if session.max_length > session.min_length else "")
+        shortest, longest = session.min_length, session.max_length
         table.add_row(
             session.session_id,
-            *map(str, (session.num_layers, session.num_kv_heads, session.head_dim, session.dtype)),
-            tokens,
+            f"{session.num_layers}, {session.num_kv_heads}, {session.head_dim} {session.dtype}",
+            f"{shortest}" if shortest == longest else f"{shortest}-{longest}",
             f"{session.capacity}" + (f" ({session.sink_tokens} sinks)" if session.sink_tokens else ""),
             _size(session.kv_bytes),
             str(session.steps),

@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 import grpc
 
 from numbaflash.backends import choose_backend
+from numbaflash.cpu import SPLIT_KV_MAX_TOKENS
 
 from . import validation, wire
 from .attend import AttendStream
@@ -43,7 +44,8 @@ Context = Any  # grpc.aio.ServicerContext; grpc has no types
 Method = Callable[[bytes, Context], Awaitable[bytes]]
 T = TypeVar("T")
 
-MIN_PREFILL_TOKENS: Final = 16
+# Below it, steps are computed by a kernel for few queries, and several at once.
+MIN_PREFILL_TOKENS: Final = SPLIT_KV_MAX_TOKENS + 1
 
 
 class AttentionServicer:

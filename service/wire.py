@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 import ml_dtypes
 import numpy as np
 from google.protobuf.message import DecodeError, Message
+from numpy.typing import NDArray
 
 from .errors import BadTensorError
 from .v1 import attention_pb2 as pb
@@ -78,7 +79,9 @@ def encode_step(head: pb.StepRequest | pb.StepResponse, payload: Iterable[bytes 
     return b"".join((head.SerializeToString(), _length_prefix(nbytes), *pieces))
 
 
-def describe(arrays: Mapping[str, np.ndarray], offset: int = 0) -> tuple[list[pb.TensorDesc], list[bytes | memoryview]]:
+def describe(
+    arrays: Mapping[str, NDArray[Any]], offset: int = 0
+) -> tuple[list[pb.TensorDesc], list[bytes | memoryview]]:
     """Lay arrays out in a payload.
 
     Args:
@@ -104,13 +107,13 @@ def describe(arrays: Mapping[str, np.ndarray], offset: int = 0) -> tuple[list[pb
     return descriptors, pieces
 
 
-def tensors(descriptors: Sequence[pb.TensorDesc], payload: memoryview) -> dict[str, np.ndarray]:
+def tensors(descriptors: Sequence[pb.TensorDesc], payload: memoryview) -> dict[str, NDArray[Any]]:
     """Read the tensors of a message, as read-only views into its payload (of no particular alignment in memory).
 
     Raises:
         BadTensorError: descriptors that contradict themselves, each other or the payload; the error names the field.
     """
-    arrays = dict[str, np.ndarray]()
+    arrays = dict[str, NDArray[Any]]()
     spans = list[tuple[int, int, str]]()
     for i, desc in enumerate(descriptors):
         field = f"tensors[{i}]"
@@ -146,11 +149,8 @@ def tensors(descriptors: Sequence[pb.TensorDesc], payload: memoryview) -> dict[s
     return arrays
 
 
-def _raw_bytes(array: np.ndarray) -> memoryview:
-    contiguous = np.ascontiguousarray(array)
-    if contiguous.dtype.byteorder == ">":
-        contiguous = contiguous.astype(contiguous.dtype.newbyteorder("<"))
-    return contiguous.reshape(-1).view(np.uint8).data
+def _raw_bytes(array: NDArray[Any]) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _find_payload(wire: bytes) -> tuple[int, int, int] | None:

@@ -219,18 +219,22 @@ class Limits(_message.Message):
     def __init__(self, max_message_bytes: _Optional[int] = ..., max_sessions: _Optional[int] = ..., max_layers: _Optional[int] = ..., max_heads: _Optional[int] = ..., max_head_dim: _Optional[int] = ..., max_capacity: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., default_ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., min_prefill_tokens: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("kv_memory_bytes", "kv_reserved_bytes", "sessions", "queued_steps", "queued_bytes")
+    __slots__ = ("kv_memory_bytes", "kv_reserved_bytes", "replay_memory_bytes", "replay_bytes", "sessions", "queued_steps", "queued_bytes")
     KV_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REPLAY_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REPLAY_BYTES_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_STEPS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_BYTES_FIELD_NUMBER: _ClassVar[int]
     kv_memory_bytes: int
     kv_reserved_bytes: int
+    replay_memory_bytes: int
+    replay_bytes: int
     sessions: int
     queued_steps: int
     queued_bytes: int
-    def __init__(self, kv_memory_bytes: _Optional[int] = ..., kv_reserved_bytes: _Optional[int] = ..., sessions: _Optional[int] = ..., queued_steps: _Optional[int] = ..., queued_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, kv_memory_bytes: _Optional[int] = ..., kv_reserved_bytes: _Optional[int] = ..., replay_memory_bytes: _Optional[int] = ..., replay_bytes: _Optional[int] = ..., sessions: _Optional[int] = ..., queued_steps: _Optional[int] = ..., queued_bytes: _Optional[int] = ...) -> None: ...
 
 class ForkRequest(_message.Message):
     __slots__ = ("session_id",)

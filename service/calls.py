@@ -1,0 +1,177 @@
+"""How the client reaches the server: single calls, a persistent Attend stream, and what is tried again.
+
+Everything here takes and returns wire bytes or heads; `client` knows what they mean.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import grpc
+
+from .errors import ServiceError, from_call
+
+T = TypeVar("T")
+
+_RETRYABLE: Final = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED})
+_WATCHDOG_SECONDS: Final = 0.05
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """When and how often a failed call is made again.
+
+    Calls are retried when the server is not reachable, drains or is busy with the same session, and when it pushes
+    back and says when to come again. Steps carry a request id, so a step is never taken twice.
+
+    Attributes:
+        attempts: Calls made at most, the first one included.
+        first_delay: Seconds before the second attempt, on average half of it: delays are drawn from 0 to this.
+        max_delay: The delay doubles from attempt to attempt up to this. What the server asks for comes on top.
+    """
+
+    attempts: int = 8
+    first_delay: float = 0.02
+    max_delay: float = 2.0
+
+    def run(self, attempt: Callable[[float], T], timeout: float) -> T:
+        """Call until it succeeds, fails for good, or neither attempts nor time are left.
+
+        Args:
+            attempt: Makes the call, within the seconds that it is given.
+            timeout: Seconds for all attempts together.
+
+        Raises:
+            ServiceError: The last attempt's.
+        """
+        until = time.monotonic() + timeout
+        for number in range(1, self.attempts + 1):
+            try:
+                return attempt(max(0.0, until - time.monotonic()))
+            except ServiceError as error:
+                delay = random.uniform(0, min(self.max_delay, self.first_delay * 2 ** (number - 1)))
+                delay += error.retry_after or 0.0
+                retryable = error.code in _RETRYABLE or error.retry_after is not None
+                if not retryable or number == self.attempts or time.monotonic() + delay >= until:
+                    raise
+            time.sleep(delay)
+        raise AssertionError("attempts is at least 1")
+
+
+class Calls:
+    """A channel's unary methods of one service, bytes to bytes."""
+
+    def __init__(self, channel: grpc.Channel, service: str) -> None:
+        self._channel = channel
+        self._service = service
+        self._methods: dict[str, Callable[..., bytes]] = {}
+
+    def __call__(self, name: str, request: bytes, timeout: float) -> bytes:
+        """Call a method.
+
+        Raises:
+            ServiceError: It failed.
+        """
+        method = self._methods.get(name)
+        if method is None:
+            method = self._methods[name] = self._channel.unary_unary(f"/{self._service}/{name}")
+        try:
+            return method(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise from_call(error) from None
+
+    def stream(self) -> StepStream:
+        """Open an Attend stream."""
+        return StepStream(self._channel.stream_stream(f"/{self._service}/Attend"))
+
+
+class StepStream:
+    """An Attend stream that takes one step at a time, and opens anew after it broke."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method = method
+        self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._call: Any = None
+        self._deadline = math.inf
+        self._overdue = False
+
+    def exchange(self, request: bytes, timeout: float) -> bytes:
+        """Send a step and wait for its answer.
+
+        Raises:
+            ServiceError: The stream broke, or the time was over.
+        """
+        if self._call is None:
+            self._requests = queue.SimpleQueue()
+            self._call = self._method(iter(self._requests.get, None))
+            _watchdog.watch(self)
+        self._overdue = False
+        self._deadline = time.monotonic() + timeout
+        self._requests.put(request)
+        try:
+            return next(self._call)  # type: ignore[no-any-return]
+        except StopIteration:
+            self.close()
+            raise ServiceError("the server ended the stream", code=grpc.StatusCode.UNAVAILABLE) from None
+        except grpc.RpcError as error:
+            self.close()
+            if self._overdue:
+                message = f"no answer within {timeout:.3g} s"
+                raise ServiceError(message, code=grpc.StatusCode.DEADLINE_EXCEEDED) from None
+            if error.code() is grpc.StatusCode.CANCELLED:  # not by this side: the server cut it off
+                raise ServiceError("the stream was cut off", code=grpc.StatusCode.UNAVAILABLE) from None
+            raise from_call(error) from None
+        finally:
+            self._deadline = math.inf
+
+    def cancel_when_overdue(self) -> None:
+        """Break off the step whose time is over; called by the watchdog."""
+        if self._call is not None and time.monotonic() >= self._deadline:
+            self._overdue = True
+            self._call.cancel()
+
+    def close(self) -> None:
+        """End the stream."""
+        if self._call is not None:
+            _watchdog.forget(self)
+            self._requests.put(None)
+            self._call.cancel()
+            self._call = None
+
+
+class _Watchdog:
+    """Keeps time for streams, whose reads know no timeout: a thread that lives while there are any."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._streams: set[StepStream] = set()
+
+    def watch(self, stream: StepStream) -> None:
+        with self._lock:
+            self._streams.add(stream)
+            if len(self._streams) == 1:
+                threading.Thread(target=self._run, name="numbaflash-watchdog", daemon=True).start()
+
+    def forget(self, stream: StepStream) -> None:
+        with self._lock:
+            self._streams.discard(stream)
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(_WATCHDOG_SECONDS)
+            with self._lock:
+                if not self._streams:
+                    return
+                streams = list(self._streams)
+            for stream in streams:
+                stream.cancel_when_overdue()
+
+
+_watchdog = _Watchdog()

@@ -1,0 +1,450 @@
+"""The Python client: sessions on a server that are used like `numbaflash.RingKVCache`."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import secrets
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final
+
+import grpc
+import numpy as np
+from google.rpc import status_pb2
+from numpy.typing import NDArray
+
+from numbaflash.arrays import as_numpy, like
+from numbaflash.problem import check_dtype
+
+from . import wire
+from .calls import Calls, RetryPolicy
+from .errors import ServiceError, SessionLostError, from_status
+from .info import ServerInfo, SessionInfo
+from .v1 import attention_pb2 as pb
+
+__all__ = ["Client", "RetryPolicy", "Session"]
+
+_SERVICE: Final = pb.DESCRIPTOR.services_by_name["Attention"].full_name
+# Of a StepRequest without its payload: ids, options and five descriptors come to some 400 bytes.
+_MAX_HEAD_BYTES: Final = 2048
+_MAX_ANSWER_BYTES: Final = 64 << 20
+_CLOSE_SECONDS: Final = 2.0
+
+
+class Client:
+    """A connection to a server; may be shared by threads.
+
+    Args:
+        target: HOST:PORT or unix:PATH.
+        timeout: Seconds for a call, all attempts together, where the call itself is given none.
+        retry: When and how often a failed call is made again.
+
+    Example:
+        with Client("127.0.0.1:50051") as client:
+            session = client.create_session(num_layers=2, num_kv_heads=2, head_dim=64, capacity=4096)
+            out = session.prefill(0, q, k, v)
+    """
+
+    def __init__(self, target: str, *, timeout: float = 60.0, retry: RetryPolicy | None = None) -> None:
+        self.timeout = timeout
+        self.retry = retry or RetryPolicy()
+        self._channel = grpc.insecure_channel(
+            target,
+            options=[
+                ("grpc.max_receive_message_length", _MAX_ANSWER_BYTES),
+                ("grpc.max_send_message_length", -1),  # the server's limit, learned from GetInfo, is kept to
+                ("grpc.enable_retries", 0),  # RetryPolicy does that, and knows what may be sent again
+                # A server that was just started, or started again, is found soon.
+                ("grpc.initial_reconnect_backoff_ms", 50),
+                ("grpc.min_reconnect_backoff_ms", 50),
+                ("grpc.max_reconnect_backoff_ms", 1000),
+            ],
+        )
+        self._calls = Calls(self._channel, _SERVICE)
+        self._sessions: set[Session] = set()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the sessions that were made here, as far as the server can be reached, and the connection."""
+        for session in list(self._sessions):
+            with contextlib.suppress(ServiceError):
+                session.close(timeout=_CLOSE_SECONDS)
+        self._channel.close()
+
+    def info(self) -> ServerInfo:
+        """Ask the server what it is, what it accepts and what it has left.
+
+        Raises:
+            ServiceError: The call failed.
+        """
+        answer = self._call("GetInfo", pb.GetInfoRequest())
+        return ServerInfo.from_message(wire.decode(pb.GetInfoResponse, answer))
+
+    def list_sessions(self) -> list[SessionInfo]:
+        """Ask for the sessions that the server holds.
+
+        Raises:
+            ServiceError: The call failed.
+        """
+        answer = wire.decode(pb.ListSessionsResponse, self._call("ListSessions", pb.ListSessionsRequest()))
+        return [SessionInfo.from_message(session) for session in answer.sessions]
+
+    def create_session(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        capacity: int,
+        sink_tokens: int = 0,
+        dtype: str = "float16",
+        quantizer: str | None = None,
+        page_size: int = 64,
+        rollback: int = 64,
+        num_q_heads: int | None = None,
+        ttl: float | None = None,
+        stream: bool = True,
+    ) -> Session:
+        """Make an empty session. The arguments are `RingKVCache`'s, and some more.
+
+        Args:
+            num_layers: Layers of the model.
+            num_kv_heads: Heads of keys and values.
+            head_dim: Elements of a query, a key and a value.
+            capacity: Tokens that stay visible, sink tokens included.
+            sink_tokens: First tokens that are never overwritten.
+            dtype: Storage dtype, "float32", "float16" or "bfloat16".
+            quantizer: None: the server has none yet.
+            page_size: Tokens of a page.
+            rollback: Newest tokens that can always be truncated.
+            num_q_heads: Heads of queries that every step must have; None: any multiple of `num_kv_heads`.
+            ttl: Seconds without a step after which the server ends the session; None: the server's default.
+            stream: Send steps over one persistent Attend stream instead of a call each. A step of 32 KiB takes about
+                three quarters of the time that way, one of 4 MiB about half (benchmarks/service.py).
+
+        Raises:
+            BadTensorError: An argument is not acceptable (a ValueError too); `field` names it.
+            KVBudgetError: The server has not that much memory left.
+            ServiceError: The call failed otherwise.
+        """
+        limits = self.info().limits
+        shape = pb.SessionShape(
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            num_q_heads=num_q_heads or 0,
+            capacity=capacity,
+            sink_tokens=sink_tokens,
+            dtype=dtype,
+            quantizer=quantizer or "",
+            page_size=page_size,
+            rollback=rollback,
+        )
+        request = pb.CreateSessionRequest(shape=shape)
+        if ttl is not None:
+            request.ttl.FromNanoseconds(round(ttl * 1e9))
+        answer = wire.decode(pb.CreateSessionResponse, self._call("CreateSession", request))
+        session = Session(
+            self,
+            self._calls,
+            answer,
+            shape,
+            stream=stream,
+            max_payload=limits.max_message_bytes - _MAX_HEAD_BYTES,
+        )
+        self._sessions.add(session)
+        return session
+
+    def _forget(self, session: Session) -> None:
+        self._sessions.discard(session)
+
+    def _call(self, name: str, request: Any, timeout: float | None = None) -> bytes:
+        message = request.SerializeToString()
+        return self.retry.run(lambda seconds: self._calls(name, message, seconds), timeout or self.timeout)
+
+
+class Session:
+    """A session on a server: `RingKVCache` over the wire, to be used by one thread at a time.
+
+    What `RingKVCache` returns in process, a session returns, to the bit. Steps are sent again by themselves where that
+    is safe; a step is never taken twice. Tokens of a layer are counted here, so `length` and `first` make no call.
+
+    Attributes:
+        id: The server's name for the session: who knows it may use the session.
+        num_layers: Layers of the model.
+        num_kv_heads: Heads of keys and values.
+        head_dim: Elements of a query, a key and a value.
+        capacity: Tokens that stay visible, sink tokens included.
+        sink_tokens: First tokens that are never overwritten.
+        dtype: Storage dtype by name.
+        max_nbytes: Bytes that the server has reserved for it.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        calls: Calls,
+        created: pb.CreateSessionResponse,
+        shape: pb.SessionShape,
+        *,
+        stream: bool,
+        max_payload: int,
+    ) -> None:
+        self.id = created.session_id
+        self.num_layers = shape.num_layers
+        self.num_kv_heads = shape.num_kv_heads
+        self.head_dim = shape.head_dim
+        self.capacity = shape.capacity
+        self.sink_tokens = shape.sink_tokens
+        self.dtype = shape.dtype
+        self.max_nbytes = created.kv_bytes
+        self._client = client
+        self._calls = calls
+        self._stream = calls.stream() if stream else None
+        self._max_payload = max_payload
+        self._lengths = [0] * shape.num_layers
+        self._firsts = [0] * shape.num_layers
+        self._unanswered: dict[int, tuple[str, bytes]] = {}  # by layer: a step's request id and digest
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self, timeout: float | None = None) -> None:
+        """End the session on the server; one that is gone already is fine.
+
+        Raises:
+            ServiceError: The server could not be reached; it ends the session itself after its time to live.
+        """
+        self._client._forget(self)
+        if self._stream:
+            self._stream.close()
+        with contextlib.suppress(SessionLostError):
+            self._client._call("CloseSession", pb.CloseSessionRequest(session_id=self.id), timeout)
+
+    # -- the sequence ------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        layer: int,
+        q: Any,
+        k: Any,
+        v: Any,
+        *,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        alibi_slopes: Any = None,
+        sink_logits: Any = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """Append T tokens and attend with their queries, as `RingKVCache.step`.
+
+        What does not fit into one message of the server's goes in several, of about equal size. Should one of them
+        fail, those before it are in the cache: `length` says how many tokens are.
+
+        Args:
+            layer: 0 to num_layers - 1.
+            q: (T, Hq, D).
+            k: (T, Hkv, D).
+            v: (T, Hkv, D).
+            scale: As in `numbaflash.attention`, like everything that follows.
+            softcap: Cap of the scores.
+            alibi_slopes: (Hq,).
+            sink_logits: (Hq,).
+            timeout: Seconds for each message and its answer, all attempts together; None: the client's.
+
+        Returns:
+            (T, Hq, D), q's library and dtype.
+
+        Raises:
+            TypeError: Wrong dtypes.
+            ValueError: Wrong shapes (a `BadTensorError` where the server found them), or no such layer.
+            SessionLostError: The session has ended; the error says why.
+            PositionMismatchError: Somebody else has stepped the session.
+            ServiceError: The call failed otherwise. Calling again with the same arguments is safe.
+        """
+        tensors = {"q": q, "k": k, "v": v}
+        return self._advance(layer, tensors, _Options.of(scale, softcap, alibi_slopes, sink_logits), timeout)
+
+    # What the caller expects of the time a step takes changes nothing about the step.
+    prefill = step
+    decode = step
+
+    def append(self, layer: int, k: Any, v: Any, *, timeout: float | None = None) -> None:
+        """Append T tokens without attending, as `RingKVCache.append`.
+
+        Args:
+            layer: 0 to num_layers - 1.
+            k: (T, Hkv, D).
+            v: (T, Hkv, D).
+            timeout: As in `step`.
+
+        Raises:
+            Exception: As `step`.
+        """
+        self._advance(layer, {"k": k, "v": v}, _Options.of(), timeout)
+
+    def attend(
+        self,
+        layer: int,
+        q: Any,
+        *,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        alibi_slopes: Any = None,
+        sink_logits: Any = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """Attend with the queries of the last T tokens, as `RingKVCache.attend`; T must fit one message.
+
+        Args:
+            layer: 0 to num_layers - 1.
+            q: (T, Hq, D); T <= rollback + 1 once the ring has wrapped.
+            scale: As in `step`, like everything that follows.
+            softcap: Cap of the scores.
+            alibi_slopes: (Hq,).
+            sink_logits: (Hq,).
+            timeout: Seconds.
+
+        Returns:
+            (T, Hq, D), q's library and dtype.
+
+        Raises:
+            Exception: As `step`.
+        """
+        return self._advance(layer, {"q": q}, _Options.of(scale, softcap, alibi_slopes, sink_logits), timeout)
+
+    def length(self, layer: int) -> int:
+        """Return how many tokens the layer has seen."""
+        return self._lengths[self._checked(layer)]
+
+    def first(self, layer: int) -> int:
+        """Return the position of the layer's oldest visible token that is no sink; its length while there is none."""
+        return self._firsts[self._checked(layer)]
+
+    # -- messages ----------------------------------------------------------------------------------------------------
+
+    def _checked(self, layer: int) -> int:
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer must be 0 to {self.num_layers - 1}, got {layer}")
+        return layer
+
+    def _advance(self, layer: int, tensors: dict[str, Any], options: _Options, timeout: float | None) -> Any:
+        self._checked(layer)
+        arrays = {name: as_numpy(tensor, name) for name, tensor in tensors.items()}
+        check_dtype(**arrays)
+        for name, array in arrays.items():
+            if array.ndim != 3:
+                raise ValueError(f"{name} must have 3 axes (tokens, heads, head_dim), got shape {array.shape}")
+        tokens = {name: len(array) for name, array in arrays.items()}
+        if len(set(tokens.values())) > 1:
+            raise ValueError(f"{', '.join(tokens)} must have the same number of tokens, got {tokens}")
+        q = arrays.get("q")
+        out = None if q is None else np.empty(q.shape, q.dtype)
+        pieces = self._cut(arrays, options)
+        if len(pieces) > 1 and len(arrays) == 1:
+            raise ValueError(f"q must fit a message of {self._max_payload} bytes, got {arrays['q'].nbytes} bytes")
+        for piece in pieces:
+            answer = self._exchange(layer, {name: array[piece] for name, array in arrays.items()}, options, timeout)
+            if out is not None:
+                out[piece] = answer["out"]
+        return None if out is None else like(tensors["q"], out)
+
+    def _cut(self, arrays: dict[str, NDArray[Any]], options: _Options) -> list[slice]:
+        """Cut the tokens into as few messages as the server's limit allows, of equal size within one token."""
+        tokens = len(next(iter(arrays.values())))
+        if not tokens:
+            return []
+        token_bytes = sum(array.nbytes for array in arrays.values()) // tokens
+        room = self._max_payload - sum(array.nbytes for array in options.arrays.values())
+        if token_bytes > room:
+            raise ValueError(f"a token has {token_bytes} bytes; the server takes {room} in one message")
+        pieces = -(-tokens // (room // max(token_bytes, 1)))
+        return [slice(tokens * i // pieces, tokens * (i + 1) // pieces) for i in range(pieces)]
+
+    def _exchange(
+        self, layer: int, arrays: dict[str, NDArray[Any]], options: _Options, timeout: float | None
+    ) -> dict[str, NDArray[Any]]:
+        """Send one message until it is answered; return the tensors of the answer, views of no alignment."""
+        descriptors, payload = wire.describe({**arrays, **options.arrays})
+        head = pb.StepRequest(
+            session_id=self.id,
+            layer=layer,
+            position=self._lengths[layer],
+            options=options.message,
+            tensors=descriptors,
+        )
+        head.request_id = self._request_id(layer, head, payload)
+        request = wire.encode_step(head, payload)
+        method = "Decode" if len(next(iter(arrays.values()))) == 1 else "Prefill"
+
+        def attempt(seconds: float) -> tuple[pb.StepResponse, memoryview]:
+            stream = self._stream
+            answer = stream.exchange(request, seconds) if stream else self._calls(method, request, seconds)
+            answer_head, answer_payload = wire.decode_step(pb.StepResponse, answer)
+            if answer_head.HasField("error"):
+                raise from_status(status_pb2.Status.FromString(answer_head.error.SerializeToString()))
+            if answer_head.request_id != head.request_id:
+                raise ServiceError("the server answered another step", code=grpc.StatusCode.INTERNAL)
+            return answer_head, answer_payload
+
+        try:
+            answer_head, answer_payload = self._client.retry.run(attempt, timeout or self._client.timeout)
+        except ServiceError:
+            self._unanswered[layer] = head.request_id, _digest(head, payload)
+            raise
+        self._lengths[layer] = answer_head.position
+        self._firsts[layer] = answer_head.first
+        return wire.tensors(answer_head.tensors, answer_payload)
+
+    def _request_id(self, layer: int, head: pb.StepRequest, payload: list[bytes | memoryview]) -> str:
+        """Name a step: as before where the caller sends the one again that got no answer, else anew."""
+        unanswered = self._unanswered.pop(layer, None)
+        if unanswered:
+            request_id, digest = unanswered
+            head.request_id = request_id
+            if _digest(head, payload) == digest:
+                return request_id
+        return secrets.token_hex(8)
+
+
+@dataclass(frozen=True, eq=False)
+class _Options:
+    """Options of a step: numbers in the head, arrays among the tensors."""
+
+    message: pb.StepOptions | None
+    arrays: dict[str, NDArray[np.float32]]
+
+    @classmethod
+    def of(
+        cls, scale: float | None = None, softcap: float = 0.0, alibi_slopes: Any = None, sink_logits: Any = None
+    ) -> _Options:
+        given = {"alibi_slopes": alibi_slopes, "sink_logits": sink_logits}
+        return cls(
+            pb.StepOptions(scale=scale, softcap=softcap) if scale is not None or softcap else None,
+            {name: _float32(name, value) for name, value in given.items() if value is not None},
+        )
+
+
+def _float32(name: str, value: Any) -> NDArray[np.float32]:
+    array = np.asarray(value) if isinstance(value, (list, tuple)) else as_numpy(value, name)
+    return array.astype(np.float32)
+
+
+def _digest(head: pb.StepRequest, payload: list[bytes | memoryview]) -> bytes:
+    digest = hashlib.blake2b(head.SerializeToString(deterministic=True), digest_size=16)
+    for piece in payload:
+        digest.update(piece)
+    return digest.digest()
