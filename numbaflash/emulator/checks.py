@@ -1,0 +1,388 @@
+"""What hardware does not check: bounds, alignment, uninitialised and in-flight bytes, races; and what it counts.
+
+Compiled with Numba, one pass over the active lanes per memory instruction. Each function returns (code, lane position,
+other party); the code is 0 or one of those in `FAULTS`.
+
+Shadow state is kept per granule: as many bytes as the narrowest access of the kernel to that space. Accesses are
+aligned, so each covers whole granules.
+
+Order between the warps of a block is a vector clock per warp (Flanagan and Freund, "FastTrack", PLDI 2009): `clocks[w,
+u]` is the last interval of warp u that happened before what warp w does now; barriers join the rows. An access is
+stamped with the clock of its warp, and with whether its warp was converged: lanes of one converged warp run in step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+OK, BOUNDS, ALIGNMENT, UNINITIALIZED, IN_FLIGHT, READ_AFTER_WRITE, WRITE_AFTER_WRITE, WRITE_AFTER_READ = range(8)
+FAULTS = {
+    BOUNDS: "bounds",
+    ALIGNMENT: "alignment",
+    UNINITIALIZED: "uninitialized",
+    IN_FLIGHT: "in-flight",
+    READ_AFTER_WRITE: "race",
+    WRITE_AFTER_WRITE: "race",
+    WRITE_AFTER_READ: "race",
+}
+
+# States of a granule of shared or local memory.
+FRESH, READY, PENDING = 0, 1, 2
+
+# A stamp: interval << 16 | atomic << 13 | several lanes << 12 | converged << 11 | thread; 0 is no access.
+_CONVERGED, _SEVERAL, _ATOMIC = 1 << 11, 1 << 12, 1 << 13
+_THREAD = (1 << 10) - 1
+_INTERVAL = 16
+
+
+class Shared(NamedTuple):
+    """Shared memory of the blocks that run together, and its shadow.
+
+    Attributes:
+        data: Bytes; block b owns [b * stride, b * stride + limit).
+        state: FRESH, READY or PENDING by granule.
+        writer: Stamp of the last write by granule.
+        reader: Stamp of the last read by granule.
+        other_reader: Stamp of the last read by another warp than `reader`'s.
+        clocks: (blocks, warps, warps), see the module's docstring.
+        lowest: First address that exists.
+        limit: First address that does not.
+        stride: Bytes from one block to the next.
+        lanes_per_block: Threads of a block, rounded up to whole warps.
+        shift: log2 of the granule.
+        initialized: Whether to report reads of FRESH bytes.
+        races: Whether to report races.
+    """
+
+    data: Array
+    state: Array
+    writer: Array
+    reader: Array
+    other_reader: Array
+    clocks: Array
+    lowest: int
+    limit: int
+    stride: int
+    lanes_per_block: int
+    shift: int
+    initialized: bool
+    races: bool
+
+
+@njit(cache=True)
+def _conflicts(stamp: int, thread: int, converged: bool, clocks: Array) -> bool:
+    """Whether an earlier access is not ordered before one that `thread` makes now."""
+    if stamp == 0:
+        return False
+    other = stamp & _THREAD
+    if other == thread and not stamp & _SEVERAL:
+        return False
+    warp, other_warp = thread >> 5, other >> 5
+    if warp != other_warp:
+        return stamp >> _INTERVAL > clocks[warp, other_warp]
+    return stamp >> _INTERVAL == clocks[warp, warp] and not (converged and stamp & _CONVERGED)
+
+
+@njit(cache=True)
+def shared_read(s: Shared, lanes: Array, address: Array, converged: Array, size: int) -> tuple[int, int, int]:
+    """Checks one load from shared memory by all active lanes, and stamps it."""
+    for i in range(lanes.size):
+        at = address[i]
+        if at < s.lowest or at + size > s.limit:
+            return BOUNDS, i, -1
+        if at & (size - 1):
+            return ALIGNMENT, i, -1
+        block = lanes[i] // s.lanes_per_block
+        thread = lanes[i] - block * s.lanes_per_block
+        clocks = s.clocks[block]
+        stamp = clocks[thread >> 5, thread >> 5] << _INTERVAL | thread | (_CONVERGED if converged[i] else 0)
+        first = block * s.stride + at >> s.shift
+        for granule in range(first, first + max(size >> s.shift, 1)):
+            state = s.state[granule]
+            if state == PENDING:
+                return IN_FLIGHT, i, -1
+            if s.initialized and state == FRESH:
+                return UNINITIALIZED, i, -1
+            if s.races:
+                if _conflicts(s.writer[granule], thread, converged[i], clocks):
+                    return READ_AFTER_WRITE, i, s.writer[granule] & _THREAD
+                last = s.reader[granule]
+                if last != stamp:
+                    if last != 0 and (last & _THREAD) >> 5 != thread >> 5:
+                        s.other_reader[granule] = last
+                        s.reader[granule] = stamp
+                    elif last >> _INTERVAL == stamp >> _INTERVAL and last & _THREAD != thread:
+                        both = last & stamp & _CONVERGED
+                        s.reader[granule] = stamp & ~_CONVERGED | both | _SEVERAL
+                    else:
+                        s.reader[granule] = stamp
+    return OK, 0, 0
+
+
+@njit(cache=True)
+def shared_write(
+    s: Shared,
+    lanes: Array,
+    address: Array,
+    converged: Array,
+    size: int,
+    values: Array,
+    state: int,
+    atomic: bool,
+) -> tuple[int, int, int]:
+    """Checks one store to shared memory by all active lanes, stamps and does it.
+
+    Args:
+        s: The memory.
+        lanes: Active lanes.
+        address: Address of each.
+        converged: Whether the warp of each is converged.
+        size: Bytes of each.
+        values: (n, size) bytes; (0, size) for an atomic, which is only checked.
+        state: READY, or PENDING for a copy in flight.
+        atomic: Whether it is part of an atomic operation.
+    """
+    for i in range(lanes.size):
+        at = address[i]
+        if at < s.lowest or at + size > s.limit:
+            return BOUNDS, i, -1
+        if at & (size - 1):
+            return ALIGNMENT, i, -1
+        block = lanes[i] // s.lanes_per_block
+        thread = lanes[i] - block * s.lanes_per_block
+        clocks = s.clocks[block]
+        stamp = clocks[thread >> 5, thread >> 5] << _INTERVAL | thread | (_CONVERGED if converged[i] else 0)
+        if atomic:
+            stamp |= _ATOMIC
+        start = block * s.stride + at
+        first = start >> s.shift
+        same = values.shape[0] > 0
+        if same:
+            for byte in range(size):
+                same = same and s.data[start + byte] == values[i, byte]
+        for granule in range(first, first + max(size >> s.shift, 1)):
+            if s.state[granule] == PENDING:
+                return IN_FLIGHT, i, -1
+            if atomic and s.initialized and s.state[granule] == FRESH:
+                return UNINITIALIZED, i, -1
+            if s.races:
+                last = s.writer[granule]
+                if not (atomic and last & _ATOMIC):
+                    if not same and _conflicts(last, thread, converged[i], clocks):
+                        return WRITE_AFTER_WRITE, i, last & _THREAD
+                    for reader in (s.reader[granule], s.other_reader[granule]):
+                        if not same and _conflicts(reader, thread, converged[i], clocks):
+                            return WRITE_AFTER_READ, i, reader & _THREAD
+                s.writer[granule] = stamp
+            s.state[granule] = state
+        if values.shape[0] > 0:
+            for byte in range(size):
+                s.data[start + byte] = values[i, byte]
+    return OK, 0, 0
+
+
+@njit(cache=True)
+def complete_copy(s: Shared, lanes: Array, address: Array, converged: Array, size: int) -> None:
+    """Makes the bytes of a finished asynchronous copy readable: written by the thread that waited for it."""
+    for i in range(lanes.size):
+        block = lanes[i] // s.lanes_per_block
+        thread = lanes[i] - block * s.lanes_per_block
+        clock = s.clocks[block, thread >> 5, thread >> 5]
+        stamp = clock << _INTERVAL | thread | (_CONVERGED if converged[i] else 0)
+        first = block * s.stride + address[i] >> s.shift
+        for granule in range(first, first + max(size >> s.shift, 1)):
+            s.state[granule] = READY
+            s.writer[granule] = stamp
+
+
+@njit(cache=True)
+def local_access(
+    state: Array, lanes: Array, address: Array, size: int, limit: int, write: bool, initialized: bool
+) -> tuple[int, int, int]:
+    """Checks one access to local memory, a private array per lane, and marks what it writes."""
+    for i in range(lanes.size):
+        at = address[i]
+        if at < 0 or at + size > limit:
+            return BOUNDS, i, -1
+        if at & (size - 1):
+            return ALIGNMENT, i, -1
+        for byte in range(at, at + size):
+            if write:
+                state[lanes[i], byte] = READY
+            elif initialized and state[lanes[i], byte] == FRESH:
+                return UNINITIALIZED, i, -1
+    return OK, 0, 0
+
+
+class Global(NamedTuple):
+    """Global memory during one launch, and its shadow.
+
+    Attributes:
+        data: Bytes; the address of byte 0 is `base`.
+        valid: 1 for each byte that belongs to an allocation.
+        writer: Number + 1 of the block that wrote a granule last in this launch, negative for an atomic.
+        reader: Number + 1 of a block that read it; -1 where several did.
+        shift: log2 of the granule.
+        base: Address of the first byte.
+        races: Whether to report races between blocks.
+    """
+
+    data: Array
+    valid: Array
+    writer: Array
+    reader: Array
+    shift: int
+    base: int
+    races: bool
+
+
+@njit(cache=True)
+def _ordered(known: Array, block: int, other: int) -> bool:
+    """Whether block `other` published its writes, by a fence and an atomic, to this block."""
+    return known.shape[0] > 0 and known[block, other]
+
+
+@njit(cache=True)
+def global_read(
+    s: Global,
+    blocks: Array,
+    address: Array,
+    size: int,
+    alignment: int,
+    strong: bool,
+    read_only: bool,
+    known: Array,
+) -> tuple[int, int, int]:
+    """Checks one load from global memory, and stamps it; `blocks` are the block numbers of the lanes."""
+    for i in range(address.size):
+        at = address[i] - s.base
+        if at < 0 or at + size > s.data.size or not s.valid[at] or not s.valid[at + size - 1]:
+            return BOUNDS, i, -1
+        if at & (alignment - 1):
+            return ALIGNMENT, i, -1
+        if not s.races or strong:
+            continue
+        mark = blocks[i] + 1
+        for granule in range(at >> s.shift, (at + size - 1 >> s.shift) + 1):
+            last = s.writer[granule]
+            if last != 0 and abs(last) != mark and not _ordered(known, blocks[i], abs(last) - 1):
+                return READ_AFTER_WRITE, i, abs(last) - 1
+            if last != 0 and read_only:
+                return READ_AFTER_WRITE, i, abs(last) - 1
+            if s.reader[granule] != mark:
+                s.reader[granule] = mark if s.reader[granule] == 0 else -1
+    return OK, 0, 0
+
+
+@njit(cache=True)
+def global_write(
+    s: Global, blocks: Array, address: Array, size: int, values: Array, strong: bool, known: Array
+) -> tuple[int, int, int]:
+    """Checks one store to global memory, stamps and does it; `values` as in `shared_write`."""
+    for i in range(address.size):
+        at = address[i] - s.base
+        if at < 0 or at + size > s.data.size or not s.valid[at] or not s.valid[at + size - 1]:
+            return BOUNDS, i, -1
+        if at & (size - 1):
+            return ALIGNMENT, i, -1
+        if s.races:
+            mark = blocks[i] + 1
+            same = values.shape[0] > 0
+            if same:
+                for byte in range(size):
+                    same = same and s.data[at + byte] == values[i, byte]
+            first = at >> s.shift
+            for granule in range(first, first + max(size >> s.shift, 1)):
+                last = s.writer[granule]
+                if not same and last != 0 and abs(last) != mark and not (strong and last < 0):
+                    if not _ordered(known, blocks[i], abs(last) - 1):
+                        return WRITE_AFTER_WRITE, i, abs(last) - 1
+                reader = s.reader[granule]
+                if not same and reader != 0 and reader != mark:
+                    if reader < 0 or not _ordered(known, blocks[i], reader - 1):
+                        return WRITE_AFTER_READ, i, reader - 1 if reader > 0 else -1
+                s.writer[granule] = -mark if strong else mark
+        if values.shape[0] > 0:
+            for byte in range(size):
+                s.data[at + byte] = values[i, byte]
+    return OK, 0, 0
+
+
+# ---- what hardware would count
+
+
+@njit(cache=True)
+def bank_wavefronts(lanes: Array, address: Array, size: int) -> tuple[int, int]:
+    """Wavefronts that a shared-memory access takes, and the fewest that accesses of its width could take.
+
+    32 banks of 4 bytes; one wavefront serves one word of each bank. Lanes go together by 32 (up to 4 bytes each), 16
+    (8 bytes) or 8 (16 bytes); lanes that want the same word share it.
+    """
+    group = 32 if size <= 4 else 128 // size
+    words = max(size // 4, 1)
+    seen = np.empty((32, 32), np.int64)
+    filled = np.zeros(32, np.int64)
+    total = ideal = 0
+    i = 0
+    while i < lanes.size:
+        unit = lanes[i] // group
+        filled[:] = 0
+        worst = 1
+        while i < lanes.size and lanes[i] // group == unit:
+            word = address[i] >> 2
+            for k in range(word, word + words):
+                bank = k & 31
+                found = False
+                for j in range(filled[bank]):
+                    found = found or seen[bank, j] == k
+                if not found:
+                    seen[bank, filled[bank]] = k
+                    filled[bank] += 1
+                    worst = max(worst, filled[bank])
+            i += 1
+        total += worst
+        ideal += 1
+    return total, ideal
+
+
+@njit(cache=True)
+def sector_traffic(lanes: Array, address: Array, size: int) -> tuple[int, int, int]:
+    """Requests (one per warp), 32-byte sectors that they touch, and distinct bytes that they want."""
+    sectors = np.empty(1024, np.int64)
+    masks = np.empty(1024, np.int64)
+    requests = count = wanted = 0
+    i = 0
+    while i < lanes.size:
+        warp = lanes[i] >> 5
+        filled = 0
+        while i < lanes.size and lanes[i] >> 5 == warp:
+            done = 0
+            while done < size:
+                at = address[i] + done
+                inside = min(32 - (at & 31), size - done)
+                mask = ((1 << inside) - 1) << (at & 31)
+                j = filled - 1
+                while j >= 0 and sectors[j] != at >> 5:
+                    j -= 1
+                if j < 0:
+                    sectors[filled] = at >> 5
+                    masks[filled] = mask
+                    filled += 1
+                else:
+                    masks[j] |= mask
+                done += inside
+            i += 1
+        requests += 1
+        count += filled
+        for j in range(filled):
+            left = masks[j]
+            while left:
+                left &= left - 1
+                wanted += 1
+    return requests, count, wanted

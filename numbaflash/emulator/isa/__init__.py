@@ -1,0 +1,19 @@
+"""The instruction set: one module per chapter of the PTX ISA manual, each a table of opcode -> translation."""
+
+from . import control, convert, data, floating, integer, memory, tensor, warp
+from .emit import Code, Names, Site, translate
+
+__all__ = [
+    "Code",
+    "Names",
+    "Site",
+    "control",
+    "convert",
+    "data",
+    "floating",
+    "integer",
+    "memory",
+    "tensor",
+    "translate",
+    "warp",
+]

@@ -1,0 +1,395 @@
+"""How one PTX instruction becomes Python source: the emitter that the instruction tables in this folder write with.
+
+A handler takes every modifier that it implements off the opcode; what is left over is an error, so nothing is guessed.
+In the generated source a register is a NumPy array with one element per active thread, and arrays are never changed
+in place, so registers may share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import numpy as np
+
+from ..errors import EmulatorError, Place
+from ..parse import SIZES, Address, Float, Instruction, Int, Not, Operand, Pair, Reg, Symbol, Vector
+
+STORAGE = {"pred": "b1", "f32": "f4", "f64": "f8"}
+"""NumPy type of a register by its declared type; all others are unsigned integers of their size."""
+
+
+def storage(kind: str) -> str:
+    """The NumPy type in which a register of a PTX type is kept."""
+    return STORAGE.get(kind) or f"u{SIZES[kind]}"
+
+
+def numpy_type(kind: str) -> str:
+    """The NumPy type in which an instruction of a PTX type computes; 16-bit floats are handled as bits."""
+    return f"i{SIZES[kind]}" if kind[0] == "s" else storage(kind)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One memory instruction of a program: what its checks and counts need to know.
+
+    Attributes:
+        index: Position among the sites of the program.
+        instruction: Where it stands.
+        op: ``"load"``, ``"store"``, ``"atomic"``, ``"copy"``, ``"ldmatrix"`` or ``"stmatrix"``.
+        space: State space, ``"generic"`` where the address tells.
+        size: Bytes that one thread accesses.
+        strong: Whether it is volatile, relaxed, acquire or release: it then takes part in no data race.
+        read_only: Whether it goes through the non-coherent path (``ld.global.nc``).
+        source_space: For copies: the space that is read.
+    """
+
+    index: int
+    instruction: Instruction
+    op: str
+    space: str
+    size: int
+    strong: bool = False
+    read_only: bool = False
+
+
+@dataclass
+class Code:
+    """The translation of one instruction.
+
+    Attributes:
+        lines: Python statements.
+        reads: Numbers of the registers that it reads.
+        writes: Numbers of the registers that it writes.
+        pure: Whether it only computes registers, so that a guard may select its result.
+        collective: Name of the variable part that says which lanes must come together: ``"warp"`` where all live lanes
+            of the warp must, a register expression where a member mask names them, None for the rest.
+        pipe: The hardware pipe that it is counted for.
+    """
+
+    lines: list[str] = field(default_factory=list)
+    reads: list[int] = field(default_factory=list)
+    writes: list[int] = field(default_factory=list)
+    pure: bool = True
+    collective: str | None = None
+    pipe: str = "alu"
+
+
+class Names:
+    """What the instructions of one program share: register numbers, constants, memory sites, symbol addresses."""
+
+    def __init__(self, registers: dict[str, str], symbols: dict[str, tuple[str, int]], windows: dict[str, int]) -> None:
+        self.registers = registers
+        self.windows = windows
+        self.number = {name: position for position, name in enumerate(registers)}
+        self.symbols = symbols
+        self.constants: dict[str, object] = {}
+        self.sites: list[Site] = []
+        self._constant_names: dict[tuple[str, bytes], str] = {}
+
+    def constant(self, value: np.generic) -> str:
+        """Names a NumPy scalar."""
+        key = (value.dtype.str, value.tobytes())
+        name = self._constant_names.get(key)
+        if name is None:
+            name = self._constant_names[key] = f"k{len(self._constant_names)}"
+            self.constants[name] = value
+        return name
+
+
+Handler = Callable[["Emit"], None]
+HANDLERS: dict[str, Handler] = {}
+
+
+def op(*names: str) -> Callable[[Handler], Handler]:
+    """Registers the handler of opcodes."""
+
+    def register(handler: Handler) -> Handler:
+        for name in names:
+            HANDLERS[name] = handler
+        return handler
+
+    return register
+
+
+class Emit:
+    """Writes the translation of one instruction."""
+
+    def __init__(self, instruction: Instruction, names: Names) -> None:
+        self.instruction = instruction
+        self.names = names
+        self.op, *self.mods = instruction.parts
+        self.operands = list(instruction.operands)
+        self.code = Code()
+        self._temporaries = 0
+
+    # ---- modifiers
+
+    def unsupported(self, what: str) -> NoReturn:
+        """Raises the error of something that is not implemented."""
+        raise EmulatorError(
+            f"{what} of {self.instruction.opcode} is not implemented",
+            kind="unsupported",
+            place=Place(line=self.instruction.line),
+        )
+
+    def flag(self, name: str) -> bool:
+        """Takes an optional modifier."""
+        if name in self.mods:
+            self.mods.remove(name)
+            return True
+        return False
+
+    def one_of(self, *choices: str, default: str | None = None) -> str:
+        """Takes one modifier out of a set; without a default it must be there."""
+        for mod in self.mods:
+            if mod in choices:
+                self.mods.remove(mod)
+                return mod
+        if default is None:
+            self.unsupported(f"leaving out {' or '.join('.' + choice for choice in choices)}")
+        return default
+
+    def type(self, *allowed: str) -> str:
+        """Takes the last modifier, which must be one of the types."""
+        if not self.mods or self.mods[-1] not in allowed:
+            self.unsupported(f"type .{self.mods[-1] if self.mods else ''}")
+        return self.mods.pop()
+
+    def finish(self, count: int | tuple[int, ...]) -> None:
+        """States that all modifiers were taken, and how many operands there must be."""
+        if self.mods:
+            self.unsupported(f"modifier .{self.mods[0]}")
+        counts = (count,) if isinstance(count, int) else count
+        if len(self.operands) not in counts:
+            raise EmulatorError(
+                f"{self.instruction.opcode} takes {' or '.join(map(str, counts))} operands, not {len(self.operands)}",
+                kind="syntax",
+                place=Place(line=self.instruction.line),
+            )
+
+    # ---- operands
+
+    def bad_operand(self, operand: Operand) -> NoReturn:
+        """Raises the error of an operand of the wrong kind."""
+        raise EmulatorError(
+            f"{type(operand).__name__.lower()} operand does not fit {self.instruction.opcode}",
+            kind="syntax",
+            place=Place(line=self.instruction.line),
+        )
+
+    def temporary(self) -> str:
+        """A fresh local name."""
+        self._temporaries += 1
+        return f"t{self._temporaries}"
+
+    def line(self, text: str) -> None:
+        """Adds a statement."""
+        self.code.lines.append(text)
+
+    def read(self, reg: Reg) -> str:
+        """Names a register that is read."""
+        number = self.names.number.get(reg.name)
+        if number is None:
+            self.bad_operand(reg)
+        self.code.reads.append(number)
+        return f"v{number}"
+
+    def source(self, operand: Operand, kind: str) -> str:
+        """An expression for a source operand in the NumPy type of a PTX type.
+
+        A register may be wider than the type, as the ISA allows for cvt and st; its low bits are taken then.
+        """
+        wanted = numpy_type(kind)
+        match operand:
+            case Reg(name) if name in self.names.number:
+                expression = self.read(operand)
+                declared = self.names.registers[name]
+                have = storage(declared)
+                if SIZES[declared] < SIZES[kind] or (kind == "pred") != (declared == "pred"):
+                    self.bad_operand(operand)
+                if SIZES[declared] > SIZES[kind]:
+                    bits = f"u{SIZES[declared]}"
+                    expression = expression if have == bits else f"{expression}.view({bits})"
+                    have = f"u{SIZES[kind]}"
+                    expression = f"{expression}.astype({have})"
+                return expression if have == wanted else f"{expression}.view({wanted})"
+            case Reg(name):
+                expression, size = self.special(name)
+                if size != SIZES[kind]:
+                    expression = f"{expression}.astype(u{SIZES[kind]})"
+                return expression if wanted == f"u{SIZES[kind]}" else f"{expression}.view({wanted})"
+            case Not(reg) if kind == "pred":
+                return f"~{self.read(reg)}"
+            case Int(value):
+                return self.integer(value, wanted)
+            case Float(bits, size):
+                return self.names.constant(self._float(bits, size, wanted))
+            case Symbol():
+                return self.symbol_address(operand, wanted)
+        self.bad_operand(operand)
+
+    def integer(self, value: int, wanted: str) -> str:
+        """A named integer constant, wrapped to its type."""
+        dtype = np.dtype(wanted)
+        if dtype.kind == "f":
+            return self.names.constant(dtype.type(value))
+        if dtype.kind == "b":
+            return self.names.constant(np.bool_(value))
+        wrapped = value & ((1 << dtype.itemsize * 8) - 1)
+        return self.names.constant(np.array(wrapped, f"u{dtype.itemsize}").view(dtype)[()])
+
+    def _float(self, bits: int, size: int, wanted: str) -> np.generic:
+        literal = np.array(bits, f"u{size}").view(f"f{size}")
+        dtype = np.dtype(wanted)
+        if dtype.kind == "f":
+            return literal[()] if dtype.itemsize == size else literal.astype(dtype)[()]
+        if dtype.itemsize == size:
+            return literal.view(dtype)[()]
+        if dtype.itemsize == 4 and size == 8:
+            return literal.astype("f4").view(dtype)[()]
+        self.unsupported("this floating-point literal")
+
+    def symbol(self, name: str) -> tuple[str, int]:
+        """State space and address of a variable."""
+        if name not in self.names.symbols:
+            raise EmulatorError(
+                f"{name} is not defined in this module", kind="syntax", place=Place(line=self.instruction.line)
+            )
+        return self.names.symbols[name]
+
+    def symbol_address(self, operand: Symbol, wanted: str, add: int = 0) -> str:
+        """The address of a variable, a scalar; those in global memory are known at the launch only."""
+        space, address = self.symbol(operand.name)
+        if space == "global":
+            return f"m.symbol({operand.name!r}, {operand.offset + add}, {wanted})"
+        return self.integer(address + operand.offset + add, wanted)
+
+    def special(self, name: str) -> tuple[str, int]:
+        """Expression and bytes of a special register."""
+        if name in SPECIAL_64:
+            return f"m.special(g, {name!r})", 8
+        if name in SPECIAL_32:
+            return f"m.special(g, {name!r})", 4
+        self.unsupported(f"special register {name}")
+
+    def many(self, operand: Operand, kind: str) -> list[str]:
+        """The expressions of a vector operand, or of a scalar taken as a vector of one."""
+        items = operand.items if isinstance(operand, Vector) else (operand,)
+        return [self.source(item, kind) for item in items]
+
+    # ---- results
+
+    def result(self, operand: Operand, expression: str, kind: str, extend: bool = False) -> None:
+        """Assigns an expression, of the NumPy type of a PTX type, to a destination register.
+
+        Args:
+            operand: The destination.
+            expression: The value.
+            kind: Its type.
+            extend: Whether a wider destination is allowed; it is then sign- or zero-extended.
+        """
+        if not isinstance(operand, Reg):
+            self.bad_operand(operand)
+        if operand.name == "_":
+            return
+        if operand.name not in self.names.number:
+            self.bad_operand(operand)
+        declared = self.names.registers[operand.name]
+        have, wanted = numpy_type(kind), storage(declared)
+        if SIZES[declared] != SIZES[kind] or (kind == "pred") != (declared == "pred"):
+            if not extend or SIZES[declared] < SIZES[kind]:
+                self.bad_operand(operand)
+            have = f"{have[0] if have[0] == 'i' else 'u'}{SIZES[declared]}"
+            expression = f"{_view(expression, numpy_type(kind), kind)}.astype({have})"
+        if have != wanted:
+            expression = f"({expression}).view({wanted})"
+        number = self.names.number[operand.name]
+        guard = self.instruction.guard
+        if guard is not None:
+            expression = f"where({self.source(guard, 'pred')}, {expression}, v{number})"
+            self.code.reads.append(number)
+        elif not self.code.reads and "(g" not in expression:  # the operands were all constants
+            expression = f"g.fill({expression})"
+        self.line(f"v{number} = {expression}")
+        self.code.writes.append(number)
+
+    def pair(self, operand: Operand) -> tuple[Operand, Operand]:
+        """Splits ``d|p``; the second is the sink where there is only one."""
+        return (operand.first, operand.second) if isinstance(operand, Pair) else (operand, Reg("_"))
+
+    # ---- effects
+
+    def effect(self, pipe: str, collective: str | None = None) -> None:
+        """States that the instruction does more than compute registers."""
+        self.code.pure = False
+        self.code.pipe = pipe
+        self.code.collective = collective
+
+    def site(self, op: str, space: str, size: int, strong: bool = False, read_only: bool = False) -> str:
+        """Registers a memory site, and names it."""
+        site = Site(len(self.names.sites), self.instruction, op, space, size, strong, read_only)
+        self.names.sites.append(site)
+        name = f"s{site.index}"
+        self.names.constants[name] = site
+        return name
+
+    def address(self, operand: Operand, space: str) -> tuple[str, str]:
+        """State space and expression (a 64-bit integer array, or a scalar) of ``[...]``."""
+        if not isinstance(operand, Address):
+            self.bad_operand(operand)
+        base, offset = operand.base, operand.offset
+        if isinstance(base, Symbol):
+            found, _ = self.symbol(base.name)
+            if space in ("generic", "param") and found != "param":
+                space = found
+            return space, f"g.fill({self.symbol_address(base, 'i8', offset)})"
+        if base is None:
+            return space, f"g.fill({self.integer(offset, 'i8')})"
+        size = SIZES[self.names.registers[base.name]]
+        if size not in (4, 8):
+            self.bad_operand(base)
+        expression = self.source(base, f"u{size * 8}")
+        expression = f"{expression}.view(i8)" if size == 8 else f"{expression}.astype(i8)"
+        return space, expression if not offset else f"{expression} + {self.integer(offset, 'i8')}"
+
+
+def here(e: Emit) -> str:
+    """Names the instruction itself, for the report of an error."""
+    name = f"i{e.instruction.line}"
+    e.names.constants[name] = e.instruction
+    return name
+
+
+def _view(expression: str, have: str, kind: str) -> str:
+    """The bits of a float expression, so that it can be extended as an integer."""
+    return f"({expression}).view(u{SIZES[kind]})" if have[0] == "f" else f"({expression})"
+
+
+_AXES = [f"%{base}.{axis}" for base in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"]
+SPECIAL_32 = {
+    *_AXES,
+    *("%laneid", "%warpid", "%nwarpid", "%smid", "%nsmid", "%gridid"),
+    *(f"%lanemask_{order}" for order in ("eq", "le", "lt", "ge", "gt")),
+    *("%clock", "%clock_hi", "%dynamic_smem_size", "%total_smem_size"),
+}
+SPECIAL_64 = {"%clock64", "%globaltimer"}
+
+
+def translate(instruction: Instruction, names: Names) -> Code:
+    """Translates one instruction.
+
+    Raises:
+        EmulatorError: The opcode, a modifier or a type is not implemented, or an operand does not fit.
+    """
+    emit = Emit(instruction, names)
+    handler = HANDLERS.get(emit.op)
+    if handler is None:
+        raise EmulatorError(
+            f"instruction {instruction.opcode} is not implemented",
+            kind="unsupported",
+            place=Place(line=instruction.line),
+        )
+    handler(emit)
+    return emit.code

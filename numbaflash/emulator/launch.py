@@ -1,0 +1,347 @@
+"""From a kernel and its arguments to a run: compilation, parameters, memory, and the blocks in chunks."""
+
+from __future__ import annotations
+
+import functools
+import re
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import checks as shadow
+from .errors import EmulatorError, Place
+from .counts import Report
+from .machine import Checks, Launch, Machine, granule
+from .memory import ALIGNMENT, BASE, GlobalMemory
+from .parse import SIZES, Float, Symbol, Variable, parse
+from .program import DYNAMIC_ALIGNMENT, Program, build, limits
+from .schedule import run
+from .translate import Translator
+
+Array = NDArray[Any]
+_LANES = 8192
+"""Lanes that run together: their registers fit the second-level cache."""
+_SHARED_BYTES = 32 << 20
+
+
+@functools.lru_cache(maxsize=256)
+def translator(ptx: str, entry: str | None = None) -> Translator:
+    """The translation of a kernel, made once per PTX text."""
+    return Translator(build(parse(ptx), entry))
+
+
+# ---- kernels
+
+_COMPILED: weakref.WeakKeyDictionary[Any, dict[Any, str]] = weakref.WeakKeyDictionary()
+
+
+def ptx_of(kernel: Any, args: Sequence[Any], cc: tuple[int, int]) -> str:
+    """The PTX text of a kernel: a text, what `cuda.compile_ptx` returned, or a `@cuda.jit` function for the arguments.
+
+    A jitted function is compiled for the types of the arguments as Numba's own launch would, but without a driver.
+    """
+    if isinstance(kernel, str):
+        return kernel
+    if isinstance(kernel, bytes):
+        return kernel.decode()
+    if isinstance(kernel, tuple) and kernel and isinstance(kernel[0], str):
+        return kernel[0]
+    function = getattr(kernel, "py_func", None)
+    if function is None:
+        raise EmulatorError(
+            f"kernel is a {type(kernel).__name__}; PTX text, the result of cuda.compile_ptx, or a @cuda.jit function "
+            "is accepted",
+            kind="argument",
+        )
+    from numba import cuda
+    from numba.cuda.typing.typeof import Purpose, typeof
+
+    try:
+        signature = tuple(typeof(x, Purpose.argument) for x in args)
+    except (ValueError, TypeError) as error:
+        raise EmulatorError(f"argument of a type that Numba does not know: {error}", kind="argument") from error
+    versions = _COMPILED.setdefault(kernel, {})
+    if (signature, cc) not in versions:
+        options = kernel.targetoptions
+        kept = {name: options[name] for name in ("debug", "lineinfo", "fastmath", "opt") if name in options}
+        kept["debug"] = bool(kept.get("debug"))
+        versions[signature, cc] = cuda.compile_ptx(function, signature, cc=cc, **kept)[0]
+    return versions[signature, cc]
+
+
+# ---- parameters
+
+
+def pack(program: Program, values: Sequence[int | float | np.generic]) -> Array:
+    """The parameter bank for one scalar per parameter.
+
+    Raises:
+        EmulatorError: The count is wrong, or a value does not fit its parameter.
+    """
+    if len(values) != len(program.params):
+        raise EmulatorError(
+            f"{len(values)} arguments for a kernel of {len(program.params)} parameters",
+            kind="argument",
+            place=Place(program.name),
+        )
+    size = max((offset + param.size for param, offset in program.params), default=0)
+    bank = np.zeros(max(size, 1), np.uint8)
+    for position, ((param, offset), value) in enumerate(zip(program.params, values, strict=True)):
+        bank[offset : offset + param.size] = np.frombuffer(_encode(param, value, position, program.name), np.uint8)
+    return bank
+
+
+def _encode(param: Variable, value: Any, position: int, kernel: str) -> bytes:
+    """The bytes of one argument."""
+
+    def wrong(accepted: str) -> EmulatorError:
+        return EmulatorError(
+            f"argument {position} is {value!r} ({type(value).__name__}); the kernel takes {accepted}",
+            kind="argument",
+            place=Place(kernel),
+        )
+
+    if param.size != SIZES[param.type]:
+        raise wrong(f"a structure of {param.size} bytes, which cannot be passed")
+    if isinstance(value, np.generic) and value.dtype.itemsize == param.size and value.dtype.kind in "iufb":
+        floating = param.type[0] == "f"
+        if (value.dtype.kind == "f") != floating and param.type[0] != "b":
+            raise wrong(f"a .{param.type}")
+        return value.tobytes()
+    if isinstance(value, np.generic):
+        value = value.item()
+    if param.type in ("f32", "f64"):
+        if not isinstance(value, int | float):
+            raise wrong(f"a number (.{param.type})")
+        return np.array(value, f"f{param.size}").tobytes()
+    if not isinstance(value, int):
+        raise wrong(f"an integer (.{param.type})")
+    bits = 8 * param.size
+    if not -(1 << bits - 1) <= value < 1 << bits:
+        raise wrong(f"an integer of {bits} bits")
+    return (value & (1 << bits) - 1).to_bytes(param.size, "little")
+
+
+class Arguments:
+    """NumPy arrays placed in global memory for a launch, and taken back from it."""
+
+    def __init__(self, memory: GlobalMemory) -> None:
+        self.memory = memory
+        self._ranges: list[tuple[int, int, int]] = []
+        self._arrays: list[Array] = []
+
+    def place(self, arrays: list[Array]) -> None:
+        """Copies in; arrays that overlap keep their distance, and views the offset into their buffer."""
+        spans = sorted((*np.lib.array_utils.byte_bounds(x), _origin(x)) for x in arrays if x.size)
+        merged: list[tuple[int, int, int]] = []
+        for low, high, origin in spans:
+            if merged and low < merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(high, merged[-1][1]), merged[-1][2])
+            else:
+                merged.append((low, high, origin))
+        for low, high, origin in merged:
+            address = self.memory.allocate(high - low, (low - origin) % ALIGNMENT)
+            self._ranges.append((low, high, address))
+        for array in arrays:
+            if array.size:
+                self._window(array)[...] = array
+                self._arrays.append(array)
+
+    def address(self, array: Array) -> int:
+        """Where an array lies."""
+        if not array.size:
+            return BASE
+        low, _ = np.lib.array_utils.byte_bounds(array)
+        start = array.__array_interface__["data"][0]
+        begin, _, address = next(x for x in self._ranges if x[0] <= low < x[1])
+        return address + start - begin
+
+    def _window(self, array: Array) -> Array:
+        """The array's elements in global memory."""
+        low, high = np.lib.array_utils.byte_bounds(array)
+        offset = array.__array_interface__["data"][0] - low
+        window = self.memory.view(self.address(array) - offset, high - low)
+        return np.ndarray(array.shape, array.dtype, window, offset, array.strides)
+
+    def take_back(self) -> None:
+        """Copies what the kernel wrote into the arrays."""
+        for array in self._arrays:
+            window = self._window(array)
+            if array.flags.writeable:
+                array[...] = window
+            elif window.tobytes() != array.tobytes():
+                raise EmulatorError("the kernel wrote to an array that is read-only", kind="argument")
+
+
+def _origin(array: Array) -> int:
+    """The address at which the buffer of a view starts."""
+    base = array
+    while isinstance(base.base, np.ndarray):
+        base = base.base
+    return int(np.lib.array_utils.byte_bounds(base)[0])
+
+
+_CODES = {
+    **{"b": "bool", "a": "int8", "h": "uint8", "s": "int16", "t": "uint16", "i": "int32", "j": "uint32"},
+    **{"x": "int64", "y": "uint64", "f": "float32", "d": "float64", "Dh": "float16"},
+}
+_MANGLED_ARRAY = re.compile(r"5ArrayI(\w\w?)Li(\d)E1([CFA])7")
+
+
+def flatten(program: Program, args: Sequence[Any], placed: Arguments) -> list[Any]:
+    """Arguments -> one scalar per parameter.
+
+    In the Numba ABI an array is (meminfo, parent, item count, item size, data, shape, strides); a kernel that has as
+    many parameters as there are arguments gets the addresses of arrays instead.
+    """
+    if len(args) == len(program.params):
+        return [placed.address(x) if isinstance(x, np.ndarray) else x for x in args]
+    declared = _MANGLED_ARRAY.findall(program.name)
+    arrays = [x for x in args if isinstance(x, np.ndarray)]
+    if declared and len(declared) == len(arrays):
+        for position, (array, (code, ndim, layout)) in enumerate(zip(arrays, declared, strict=True)):
+            _compare(position, array, _CODES.get(code), int(ndim), layout, program.name)
+    values: list[Any] = []
+    for value in args:
+        if isinstance(value, np.ndarray):
+            values += [0, 0, value.size, value.itemsize, placed.address(value), *value.shape, *value.strides]
+        else:
+            values.append(value)
+    return values
+
+
+def _compare(position: int, array: Array, dtype: str | None, ndim: int, layout: str, kernel: str) -> None:
+    """Holds an array against the type that the mangled name of the kernel declares."""
+    contiguous = {"C": array.flags.c_contiguous, "F": array.flags.f_contiguous, "A": True}[layout]
+    if array.ndim != ndim or not contiguous or (dtype is not None and array.dtype != np.dtype(dtype)):
+        raise EmulatorError(
+            f"array {position} is {array.dtype} with {array.ndim} dimensions and strides {array.strides}; the kernel "
+            f"was compiled for {dtype or 'another type'} with {ndim} dimensions, layout {layout}",
+            kind="argument",
+            place=Place(kernel),
+        )
+
+
+# ---- launching
+
+
+def dimensions(value: int | Sequence[int], name: str) -> tuple[int, int, int]:
+    """Grid or block as three positive integers."""
+    parts = (value,) if isinstance(value, int | np.integer) else tuple(value)
+    if not 1 <= len(parts) <= 3 or not all(isinstance(x, int | np.integer) and x > 0 for x in parts):
+        raise EmulatorError(f"{name} is {value!r}; one to three positive integers are accepted", kind="argument")
+    x, y, z = (*(int(part) for part in parts), 1, 1)[:3]
+    return x, y, z
+
+
+def run_program(
+    translation: Translator,
+    grid: int | Sequence[int],
+    block: int | Sequence[int],
+    params: Array,
+    memory: GlobalMemory,
+    shared: int,
+    checks: Checks,
+    max_steps: int,
+) -> Report:
+    """Runs a kernel on global memory.
+
+    Raises:
+        EmulatorError: The launch is over the limits of the target, or a check failed.
+    """
+    program = translation.program
+    blocks, threads = dimensions(grid, "grid"), dimensions(block, "block")
+    _check_limits(program, blocks, threads, shared)
+    symbols = _module_variables(program, memory)
+    fences = any(x.parts[0] in ("membar", "fence") for x in program.instructions)
+    total = int(np.prod(blocks))
+    shift = granule(program.sites, "global")
+    report = Report(program.name)
+    launch = Launch(
+        translation,
+        blocks,
+        threads,
+        params,
+        shadow.Global(
+            memory.data,
+            memory.valid,
+            np.zeros((memory.data.size >> shift) + 1, np.int32),
+            np.zeros((memory.data.size >> shift) + 1, np.int32),
+            shift,
+            BASE,
+            checks.global_races,
+        ),
+        symbols,
+        shared,
+        checks,
+        max_steps,
+        np.zeros((total, total) if fences and checks.global_races else (0, 0), np.bool_),
+        report,
+    )
+    try:
+        lanes = -(-int(np.prod(threads)) // 32) * 32
+        per_block = max(program.static_shared + shared, 1)
+        count = max(1, min(_LANES // lanes, _SHARED_BYTES // per_block))
+        for first in range(0, total, count):
+            run(Machine(launch, first, min(count, total - first)))
+    finally:
+        for address in symbols.values():
+            memory.free(address)
+    report.shared = [launch.shared_counts[x] for x in sorted(launch.shared_counts)]
+    report.global_ = [launch.global_counts[x] for x in sorted(launch.global_counts)]
+    return report
+
+
+def _check_limits(program: Program, grid: tuple[int, ...], block: tuple[int, ...], shared: int) -> None:
+    target = program.module.target
+    allowed = limits(target)
+    place = Place(program.name)
+    threads = int(np.prod(block))
+    most = min(allowed.threads, program.max_threads or allowed.threads)
+    if threads > most or block[2] > 64:
+        raise EmulatorError(
+            f"block {block} has {threads} threads; {target} takes {most} (64 in z)", kind="limit", place=place
+        )
+    if grid[0] >= 1 << 31 or max(grid[1:]) > 65535:
+        raise EmulatorError(f"grid {grid} is over the limits (2^31 - 1, 65535, 65535)", kind="limit", place=place)
+    if not isinstance(shared, int | np.integer) or shared < 0:
+        raise EmulatorError(f"shared is {shared!r}; a number of bytes is accepted", kind="argument", place=place)
+    used = program.static_shared - allowed.reserved + shared
+    if used > allowed.shared:
+        raise EmulatorError(
+            f"{used} bytes of shared memory ({shared} of them dynamic); {target} has {allowed.shared} for a block",
+            kind="limit",
+            place=place,
+        )
+
+
+def _module_variables(program: Program, memory: GlobalMemory) -> dict[str, int]:
+    """Places the variables of a module that its kernel names, with their initial values."""
+    wanted = {
+        name: variable
+        for name, variable in program.module.variables.items()
+        if variable.space in ("global", "const") and program.symbols_used(name)
+    }
+    found = {}
+    for name, variable in wanted.items():
+        align = max(variable.align, 1)
+        found[name] = memory.allocate(variable.size, align if align < ALIGNMENT else 0)
+    for name, variable in wanted.items():
+        data = b"".join(_initial(variable, value, found) for value in variable.initial)
+        data = data[: variable.size].ljust(variable.size, b"\0")
+        memory.view(found[name], variable.size)[:] = np.frombuffer(data, np.uint8)
+    return found
+
+
+def _initial(variable: Variable, value: int | Float | Symbol, addresses: dict[str, int]) -> bytes:
+    size = SIZES[variable.type]
+    if isinstance(value, Float):
+        return value.bits.to_bytes(value.size, "little")
+    if isinstance(value, Symbol):
+        if value.name not in addresses:
+            raise EmulatorError(f"initial value {value.name} of {variable.name} is not placed", kind="unsupported")
+        value = addresses[value.name] + value.offset
+    return (value & (1 << 8 * size) - 1).to_bytes(size, "little")

@@ -1,0 +1,332 @@
+"""Which threads of a chunk run when: lowest program counter first, so that diverged threads meet again.
+
+Whole warps run a basic block in one go. Threads of a warp that is not converged stop before each collective, and wait
+there until all that it names have come; if they cannot come, that is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import EmulatorError
+from .group import WARP, Group
+from .machine import Machine
+from .parse import Reg
+from .program import is_barrier
+
+Array = NDArray[Any]
+
+_PATIENCE = 256
+"""Steps that the same threads may take, while others could run, before those get a turn: spin locks need it."""
+
+
+@dataclass
+class _Barrier:
+    """Warps of one block at one of its barriers."""
+
+    waiting: list[tuple[Array, int, Array | None]] = field(default_factory=list)
+    warps: list[int] = field(default_factory=list)
+    arrived: int = 0
+    expected: int | None = None
+
+
+class Scheduler:
+    """Runs the threads of a machine to their end."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.translator = machine.launch.translator
+        self.program = machine.program
+        self.size = len(self.program.code)
+        self.ready: dict[int, tuple[Group, int]] = {}
+        self.stalled: dict[int, Array] = {}
+        self.barriers: dict[tuple[int, int], _Barrier] = {}
+        self.everyone = Group(np.arange(machine.total), machine.total, machine.alive)
+        self.steps = 0
+
+    def run(self) -> None:
+        """Runs until every thread has exited.
+
+        Raises:
+            EmulatorError: A check failed, or the threads cannot go on.
+        """
+        machine = self.machine
+        self._push(0, np.flatnonzero(machine.alive))
+        turns = 0
+        while True:
+            if not self.ready:
+                if not self._wake():
+                    return
+                continue
+            pc = min(self.ready)
+            if len(self.ready) > 1:
+                turns += 1
+                if turns > _PATIENCE:
+                    turns = 0
+                    pc = min(self.ready, key=lambda x: self.ready[x][1])
+            else:
+                turns = 0
+            group, _ = self.ready.pop(pc)
+            self.steps += 1
+            if self.steps > machine.launch.max_steps:
+                self._fail_at(pc, group, f"still running after {machine.launch.max_steps} steps", "hang")
+            self._step(pc, group)
+
+    # ---- queues
+
+    def _group(self, lanes: Array) -> Group:
+        if lanes.size == self.machine.total:
+            return self.everyone
+        return Group(lanes, self.machine.total, self.machine.alive)
+
+    def _push(self, pc: int, lanes: Array | Group) -> None:
+        """Makes threads runnable at a program counter, together with those that are there already."""
+        group = lanes if isinstance(lanes, Group) else self._group(lanes)
+        if not group.n:
+            return
+        if pc in self.ready:
+            other, since = self.ready[pc]
+            group, self.steps = self._group(np.sort(np.concatenate([other.lanes, group.lanes]))), self.steps
+            self.ready[pc] = group, since
+        else:
+            self.ready[pc] = group, self.steps
+
+    def _fail_at(self, pc: int, group: Group, reason: str, kind: str) -> NoReturn:
+        instruction = self.program.instructions[min(pc, self.size - 1)]
+        self.machine.fail(reason, kind, instruction, int(group.lanes[0]))
+
+    # ---- running
+
+    def _step(self, pc: int, group: Group) -> None:
+        """Runs a group from a program counter to the end of the block, or to what stops it."""
+        if pc >= self.size:
+            self._exit(group)
+            return
+        end = self.translator.end[pc]
+        collective = self.translator.next_collective[pc]
+        if collective < end and not group.whole:
+            self._step_apart(pc, group, collective, end)
+        else:
+            self._run(pc, end, group)
+
+    def _step_apart(self, pc: int, group: Group, collective: int, end: int) -> None:
+        """The same for warps that may lack threads, where the block has collectives."""
+        together = group.converged
+        if together.all():
+            self._run(pc, end, group)
+            return
+        if together.any():
+            self._push(pc, group.lanes[together])
+            apart = self._group(group.lanes[~together])
+            if pc in self.ready and collective == pc:
+                self._meet(pc, apart)
+            elif collective == pc:
+                self._meet(pc, apart)
+            else:
+                self._run(pc, collective, apart)
+            return
+        if collective == pc:
+            self._meet(pc, group)
+        else:
+            self._run(pc, collective, group)
+
+    def _meet(self, pc: int, group: Group) -> None:
+        """Threads of diverged warps at a collective: those whose partners are all here go on, the others wait."""
+        if pc in self.stalled:
+            group = self._group(np.sort(np.concatenate([self.stalled.pop(pc), group.lanes])))
+        complete = self._complete(pc, group)
+        if complete.any():
+            chosen = self._group(group.lanes[complete])
+            stop = self.translator.next_collective[pc + 1] if pc + 1 < self.translator.end[pc] else pc + 1
+            whole = bool(chosen.converged.all())
+            self._run(pc, self.translator.end[pc] if whole else stop, chosen)
+        if not complete.all():
+            self.stalled[pc] = group.lanes[~complete]
+
+    def _complete(self, pc: int, group: Group) -> Array:
+        """Which threads have all partners that the collective names here; exited ones are not waited for."""
+        if self.program.code[pc].collective == "warp":
+            return group.converged
+        mask = self.translator.mask(pc)(self.machine, group, self.machine.registers)
+        bits = np.uint32(1) << np.arange(WARP, dtype=np.uint32)
+        wanted = group.spread(np.broadcast_to(mask, group.n))[:, :, None] & bits != 0
+        alive = self.machine.alive.reshape(-1, WARP)[group.warps]
+        missing = wanted & (alive & ~group.present)[:, None, :]
+        return group.gather(~missing.any(axis=2))
+
+    def _run(self, start: int, stop: int, group: Group) -> None:
+        segment = self.translator.segment(start, stop)
+        condition = segment.function(self.machine, group, self.machine.registers)
+        warps = group.warps.size
+        for pipe, count in segment.pipes.items():
+            self.machine.launch.report.instructions[pipe] += count * warps
+        self._leave(stop, group, condition)
+
+    def _leave(self, stop: int, group: Group, condition: Any) -> None:
+        """Sends a group on from the last instruction of a segment."""
+        last = self.program.instructions[stop - 1]
+        opcode = last.parts[0]
+        if opcode in ("bra", "ret", "exit"):
+            target = self.program.branches[stop - 1][0] if opcode == "bra" else self.size
+            if condition is None:
+                self._push(target, group)
+                return
+            taken = np.broadcast_to(condition, group.n)
+            count = np.count_nonzero(taken)
+            if count == group.n:
+                self._push(target, group)
+            elif count == 0:
+                self._push(stop, group)
+            else:
+                self._push(target, group.lanes[taken])
+                self._push(stop, group.lanes[~taken])
+        elif opcode == "brx":
+            targets = self.program.branches[stop - 1]
+            for index in np.unique(condition):
+                if index >= len(targets):
+                    self._fail_at(stop - 1, group, f"branch index {index} is past the table of targets", "bounds")
+                self._push(targets[index], group.lanes[condition == index])
+        elif is_barrier(last):
+            self._arrive(stop - 1, group, *condition)
+        else:
+            self._push(stop, group)
+
+    def _exit(self, group: Group) -> None:
+        self.machine.alive[group.lanes] = False
+        # who was converged may have changed for the others: their groups are made anew
+        self.ready = {pc: (self._group(other.lanes), since) for pc, (other, since) in self.ready.items()}
+
+    # ---- barriers
+
+    def _arrive(self, pc: int, group: Group, number: Any, count: Any, predicate: Any) -> None:
+        """Takes warps to a barrier, and lets those go on whose barrier is complete."""
+        machine = self.machine
+        kind = next(x for x in self.program.instructions[pc].parts if x in ("sync", "red", "arrive"))
+        if group.full and kind == "sync" and count is None and not self.barriers and np.size(number) == 1:
+            machine.join_all()
+            self._push(pc + 1, group)
+            return
+        numbers = np.broadcast_to(number, group.n)
+        counts = None if count is None else np.broadcast_to(count, group.n)
+        for block in np.unique(group.lanes // machine.lanes_per_block):
+            mine = group.lanes // machine.lanes_per_block == block
+            for name in np.unique(numbers[mine]):
+                chosen = mine & (numbers == name)
+                wanted = None if counts is None else int(counts[chosen][0])
+                self._arrive_block(pc, group, chosen, (int(block), int(name)), wanted, predicate, kind)
+
+    def _arrive_block(
+        self,
+        pc: int,
+        group: Group,
+        chosen: Array,
+        key: tuple[int, int],
+        wanted: int | None,
+        predicate: Any,
+        kind: str,
+    ) -> None:
+        machine = self.machine
+        lanes = group.lanes[chosen]
+        part = self._group(lanes)
+        barrier = self.barriers.setdefault(key, _Barrier())
+        if key[1] > 15:
+            self._fail_at(pc, part, f"barrier {key[1]}: a block has barriers 0 to 15", "barrier")
+        if wanted is not None and (wanted % WARP or wanted == 0):
+            self._fail_at(pc, part, f"barrier count {wanted} is no multiple of {WARP}", "barrier")
+        if barrier.arrived and barrier.expected != wanted:
+            self._fail_at(pc, part, f"warps wait at barrier {key[1]} with different counts", "barrier")
+        barrier.expected = wanted
+        elsewhere = [other for _, other, _ in barrier.waiting if other != pc]
+        if wanted is None and elsewhere:
+            line = self.program.instructions[elsewhere[0]].line
+            self._fail_at(pc, part, f"other threads of the block wait at the barrier of PTX line {line}", "barrier")
+        block_warps = part.warps - key[0] * machine.warps_per_block
+        repeated = set(block_warps.tolist()) & set(barrier.warps)
+        if repeated:
+            self._fail_at(pc, part, f"warp {min(repeated)} arrives twice at barrier {key[1]}", "barrier")
+        votes = None if predicate is None else np.broadcast_to(predicate, group.n)[chosen]
+        barrier.waiting.append((lanes, -1 if kind == "arrive" else pc, votes))
+        barrier.warps.extend(block_warps.tolist())
+        barrier.arrived += lanes.size if wanted is None else part.warps.size * WARP
+        if barrier.arrived >= (machine.threads if wanted is None else wanted):
+            self._release(key)
+        if kind == "arrive":
+            self._push(pc + 1, lanes)
+
+    def _release(self, key: tuple[int, int]) -> None:
+        barrier = self.barriers.pop(key)
+        self.machine.join(key[0], np.array(sorted(barrier.warps)))
+        votes = [votes for _, _, votes in barrier.waiting if votes is not None]
+        everyone = np.concatenate(votes) if votes else None
+        for lanes, pc, _ in barrier.waiting:
+            if pc < 0:
+                continue
+            if everyone is not None:
+                self._deliver(pc, lanes, everyone)
+            self._push(pc + 1, lanes)
+
+    def _deliver(self, pc: int, lanes: Array, votes: Array) -> None:
+        """Puts the result of a bar.red into its register."""
+        instruction = self.program.instructions[pc]
+        target = instruction.operands[0]
+        if "red" not in instruction.parts:
+            return
+        assert isinstance(target, Reg)
+        number = self.program.names.number[target.name]
+        value: Any = np.uint32(np.count_nonzero(votes))
+        if "popc" not in instruction.parts:
+            value = votes.all() if "and" in instruction.parts else votes.any()
+        registers = self.machine.registers
+        registers[number] = self._group(lanes).put(registers[number], value)
+
+    # ---- the end
+
+    def _wake(self) -> bool:
+        """Called when nobody can run: lets those go on that only waited for exited threads; False when all are done.
+
+        Raises:
+            EmulatorError: Threads wait for others that will not come.
+        """
+        for pc in sorted(self.stalled):
+            lanes = self.stalled.pop(pc)
+            group = self._group(lanes)
+            if self._complete(pc, group).any():
+                self._meet(pc, group)
+                return True
+            self.stalled[pc] = lanes
+        for pc, lanes in sorted(self.stalled.items()):
+            instruction = self.program.instructions[pc]
+            kind = "barrier" if is_barrier(instruction) else "collective"
+            here = int(np.count_nonzero(lanes // WARP == lanes[0] // WARP))
+            self._fail_at(
+                pc,
+                self._group(lanes),
+                f"{instruction.parts[0]} is reached by {here} threads of the warp, and the others that it needs "
+                f"do not come",
+                kind,
+            )
+        for (_, name), barrier in sorted(self.barriers.items(), key=lambda item: item[0]):
+            lanes, pc, _ = barrier.waiting[0]
+            wanted = self.machine.threads if barrier.expected is None else barrier.expected
+            if pc >= 0:
+                self._fail_at(
+                    pc,
+                    self._group(lanes),
+                    f"barrier {name}: {barrier.arrived} of {wanted} threads came, the others have exited or wait "
+                    f"elsewhere",
+                    "barrier",
+                )
+        return False
+
+
+def run(machine: Machine) -> None:
+    """Runs a chunk of blocks; NumPy's floating-point warnings are what PTX defines to be silent."""
+    try:
+        with np.errstate(all="ignore"):
+            Scheduler(machine).run()
+    except (FloatingPointError, IndexError, ValueError) as error:  # a hole in the emulator, never the caller's fault
+        raise EmulatorError(f"internal error: {error!r}", kind="internal") from error
