@@ -95,11 +95,13 @@ def decode(task_address, scratch):
     task = task_at(task_address)
     total_rows = task.q_tokens * task.group
     blocks = (total_rows + task.rows_per_item - 1) // task.rows_per_item
+    units = task.sequences * task.kv_heads * blocks
     while True:
         item = take_item(task_address)
         if item >= task.items:
             break
-        unit, split = item // task.splits, item % task.splits
+        # Heads before splits: where the heads of a token lie side by side, they are read together.
+        split, unit = item // units, item % units
         pair, row = unit // blocks, unit % blocks * task.rows_per_item
         sequence, kv_head = pair // task.kv_heads, pair % task.kv_heads
         rows = min(task.rows_per_item, total_rows - row)
@@ -166,39 +168,60 @@ def load_query_rows(task, sequence, kv_head, row, rows, all_rows, queries, key_r
 
 
 @native
+def token_at(task, run, kv_head, position, address, token_stride, head_stride):
+    """Address of a key or a value, by the columns of the run table that tell it."""
+    inside = position - run_field(task, run, START)
+    at = run_field(task, run, address) + kv_head * run_field(task, run, head_stride)
+    return at + inside * run_field(task, run, token_stride)
+
+
+@native
+def key_at(task, run, kv_head, position):
+    return token_at(task, run, kv_head, position, K_ADDRESS, K_TOKEN_STRIDE, K_HEAD_STRIDE)
+
+
+@native
+def value_at(task, run, kv_head, position):
+    return token_at(task, run, kv_head, position, V_ADDRESS, V_TOKEN_STRIDE, V_HEAD_STRIDE)
+
+
+@native
 def score_split(task, sequence, kv_head, rows, begin, count, scratch):
     """Scores of `count` positions from `begin` on for all rows; -inf where there is no token, and up to whole vectors."""
     scores, queries, tile = scratch + _SCORES, scratch + _QUERIES, scratch + _TILE
     query_row = 4 * padded(task.head_dim)
-    whole = task.head_dim % LANES == 0
-    run, stop = load_int(task.bounds + 8 * sequence), load_int(task.bounds + 8 * sequence + 8)
-    run = skip_runs(task, sequence, run, begin)
+    together = 1 if rows == 1 else ROWS_PER_SCORE
+    stop = load_int(task.bounds + 8 * sequence + 8)
+    first_run = skip_runs(task, sequence, load_int(task.bounds + 8 * sequence), begin)
+    run = first_run
     at = 0
     while run < stop and at < count:
         low = max(run_field(task, run, START) - begin, at)
         high = min(run_end(task, run) - begin, count)
+        stride = run_field(task, run, K_TOKEN_STRIDE)
         if low < high:
             forbid(scores, rows, at, low)
-            stride = run_field(task, run, K_TOKEN_STRIDE)
-            k = run_field(task, run, K_ADDRESS) + kv_head * run_field(task, run, K_HEAD_STRIDE)
-            k += (begin - run_field(task, run, START)) * stride
-            while low < high:
-                if whole:
-                    keys, key_row, dtype, n = k + low * stride, stride, task.kv_dtype, high - low
-                else:
-                    keys, key_row, dtype, n = tile, query_row, FLOAT32, min(high - low, TILE_KEYS)
-                    for i in range(n):
-                        widen_row(tile + i * key_row, k + (low + i) * stride, task.head_dim, task.kv_dtype)
-                r = 0
-                while r < rows:
-                    together = 1 if rows == 1 else ROWS_PER_SCORE
-                    q, to = queries + r * query_row, scores + r * _SCORE_ROW + 4 * low
-                    score_keys(
-                        dtype, together, keys, key_row, n, q, query_row, query_row // VECTOR_BYTES, to, _SCORE_ROW
-                    )
-                    r += together
-                low += n
-            at = high
+        while low < high:
+            n = min(high - low, TILE_KEYS)
+            keys = key_at(task, run, kv_head, begin + low)
+            if low + n < high:
+                following = keys + n * stride
+            elif run + 1 < stop and high < count:
+                following = key_at(task, run + 1, kv_head, run_field(task, run + 1, START))
+            else:
+                following = value_at(task, first_run, kv_head, begin)
+            ahead, key_row, dtype = following - keys, stride, task.kv_dtype
+            if task.head_dim % LANES != 0:
+                for i in range(n):
+                    widen_row(tile + i * query_row, keys + i * stride, task.head_dim, task.kv_dtype)
+                keys, ahead, key_row, dtype = tile, 0, query_row, FLOAT32
+            for r in range(0, rows, together):
+                q, to = queries + r * query_row, scores + r * _SCORE_ROW + 4 * low
+                score_keys(
+                    dtype, together, keys, key_row, n, ahead, q, query_row, query_row // VECTOR_BYTES, to, _SCORE_ROW
+                )
+            low += n
+            at = low
         run += 1
     forbid(scores, rows, at, padded(count))
 
@@ -263,40 +286,39 @@ def weigh_split(task, sequence, kv_head, rows, begin, count, scratch, exact):
     """O += P V over the positions of a split; with `exact`, a weight of 0 takes nothing from a NaN or an infinity."""
     weights, out, tile = scratch + _SCORES, scratch + _OUT, scratch + _TILE
     out_row = 4 * padded(task.value_dim)
-    whole = task.value_dim % LANES == 0
-    run, stop = load_int(task.bounds + 8 * sequence), load_int(task.bounds + 8 * sequence + 8)
-    run = skip_runs(task, sequence, run, begin)
+    steps = out_row // VECTOR_BYTES
+    together = 1 if exact or rows == 1 else ROWS_PER_SCORE
+    stop = load_int(task.bounds + 8 * sequence + 8)
+    run = skip_runs(task, sequence, load_int(task.bounds + 8 * sequence), begin)
     at = 0
     while run < stop and at < count:
         low = max(run_field(task, run, START) - begin, at)
         high = min(run_end(task, run) - begin, count)
-        if low < high:
-            stride = run_field(task, run, V_TOKEN_STRIDE)
-            v = run_field(task, run, V_ADDRESS) + kv_head * run_field(task, run, V_HEAD_STRIDE)
-            v += (begin - run_field(task, run, START)) * stride
-            while low < high:
-                if whole:
-                    values, value_row, dtype, n = v + low * stride, stride, task.kv_dtype, high - low
-                else:
-                    values, value_row, dtype, n = tile, out_row, FLOAT32, min(high - low, TILE_KEYS)
+        stride = run_field(task, run, V_TOKEN_STRIDE)
+        while low < high:
+            n = min(high - low, TILE_KEYS)
+            values = value_at(task, run, kv_head, begin + low)
+            following = values
+            if low + n < high:
+                following = values + n * stride
+            elif run + 1 < stop and high < count:
+                following = value_at(task, run + 1, kv_head, run_field(task, run + 1, START))
+            ahead, value_row, dtype = following - values, stride, task.kv_dtype
+            if task.value_dim % LANES != 0:
+                for i in range(n):
+                    widen_row(tile + i * out_row, values + i * stride, task.value_dim, task.kv_dtype)
+                values, ahead, value_row, dtype = tile, 0, out_row, FLOAT32
+            for r in range(0, rows, together):
+                p, to = weights + r * _SCORE_ROW + 4 * low, out + r * out_row
+                if exact:
                     for i in range(n):
-                        widen_row(tile + i * value_row, v + (low + i) * stride, task.value_dim, task.kv_dtype)
-                r = 0
-                while r < rows:
-                    together = 1 if exact or rows == 1 else ROWS_PER_SCORE
-                    p, to = weights + r * _SCORE_ROW + 4 * low, out + r * out_row
-                    steps = out_row // VECTOR_BYTES
-                    if exact:
-                        for i in range(n):
-                            if load_float(p + 4 * i) != 0:
-                                weigh_values(
-                                    dtype, 1, values + i * value_row, value_row, p + 4 * i, 0, 1, to, out_row, steps
-                                )
-                    else:
-                        weigh_values(dtype, together, values, value_row, p, _SCORE_ROW, n, to, out_row, steps)
-                    r += together
-                low += n
-            at = high
+                        if load_float(p + 4 * i) != 0:
+                            v = values + i * value_row
+                            weigh_values(dtype, 1, v, value_row, 0, p + 4 * i, 0, 1, to, out_row, steps)
+                else:
+                    weigh_values(dtype, together, values, value_row, ahead, p, _SCORE_ROW, n, to, out_row, steps)
+            low += n
+            at = low
         run += 1
 
 

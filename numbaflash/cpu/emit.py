@@ -130,3 +130,12 @@ def store_narrowed(builder: ir.IRBuilder, address: ir.Value, value: ir.Value, dt
         store_at(builder, address, value)
     else:
         store_at(builder, address, narrow(builder, value, dtype), align=2)
+
+
+def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Bring a cache line closer; any address will do."""
+    pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    read, keep, data = ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)
+    builder.call(function, [builder.inttoptr(address, pointer), read, keep, data])

@@ -216,11 +216,11 @@ def _score_block(dtype: int, rows: int) -> Any:
     keys = LANES // rows
 
     @intrinsic
-    def score(typing_context, k, k_stride, last, q, q_row, steps, scores, scores_row):
-        signature = types.void(*(types.int64,) * 8)
+    def score(typing_context, k, k_stride, last, ahead, q, q_row, steps, scores, scores_row):
+        signature = types.void(*(types.int64,) * 9)
 
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-            k, k_stride, last, q, q_row, steps, scores, scores_row = args
+            k, k_stride, last, ahead, q, q_row, steps, scores, scores_row = args
             key_at = []
             for key in range(keys):
                 wanted = ir.Constant(I64, key)
@@ -235,7 +235,9 @@ def _score_block(dtype: int, rows: int) -> Any:
                 queries = [emit.load_at(builder, builder.add(at, q_offset), VECTOR) for at in q_rows]
                 updated: dict[tuple[int, int], ir.Value] = {}
                 for key in range(keys):
-                    vector = emit.load_widened(builder, builder.add(key_at[key], k_offset), dtype)
+                    at = builder.add(key_at[key], k_offset)
+                    emit.prefetch(builder, builder.add(at, ahead))
+                    vector = emit.load_widened(builder, at, dtype)
                     for row in range(rows):
                         updated[row, key] = emit.multiply_add(builder, queries[row], vector, sums[row * keys + key])
                 following += [updated[row, key] for row in range(rows) for key in range(keys)]
@@ -254,11 +256,11 @@ def _value_block(dtype: int, rows: int, vectors: int) -> Any:
     """out[row, :] += sum over keys of weights[row, key] * v[key, :], for `vectors` vectors of head_dim."""
 
     @intrinsic
-    def weigh(typing_context, v, v_stride, weights, weights_row, keys, out, out_row):
-        signature = types.void(*(types.int64,) * 7)
+    def weigh(typing_context, v, v_stride, ahead, weights, weights_row, keys, out, out_row):
+        signature = types.void(*(types.int64,) * 8)
 
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-            v, v_stride, weights, weights_row, keys, out, out_row = args
+            v, v_stride, ahead, weights, weights_row, keys, out, out_row = args
             weight_rows = _strided(builder, weights, weights_row, rows)
             places = [
                 emit.offset(builder, at, j * VECTOR_BYTES)
@@ -269,6 +271,8 @@ def _value_block(dtype: int, rows: int, vectors: int) -> Any:
             with _counted_loop(builder, keys, start) as (key, sums, following, totals):
                 v_at = builder.add(v, builder.mul(key, v_stride))
                 nbytes = LANES * (4 if dtype == FLOAT32 else 2)
+                for line in range(0, vectors * nbytes, 64):
+                    emit.prefetch(builder, builder.add(emit.offset(builder, v_at, line), ahead))
                 values = [
                     emit.load_widened(builder, emit.offset(builder, v_at, j * nbytes), dtype) for j in range(vectors)
                 ]
@@ -300,7 +304,7 @@ weigh_tail_f32_1, weigh_tail_f16_1, weigh_tail_bf16_1 = _by_dtype(_value_block, 
 
 
 @native
-def score_keys(dtype, rows, k, k_stride, count, q, q_row, steps, scores, scores_row):
+def score_keys(dtype, rows, k, k_stride, count, ahead, q, q_row, steps, scores, scores_row):
     """scores[row, key] = q[row] . k[key] for `rows` (1 or ROWS_PER_SCORE) rows and `count` keys.
 
     q is float32, padded with zeros to `steps` whole vectors; k holds as many elements of `dtype`. Up to LANES scores
@@ -313,21 +317,21 @@ def score_keys(dtype, rows, k, k_stride, count, q, q_row, steps, scores, scores_
         to = scores + 4 * key
         if rows == 1:
             if dtype == FLOAT32:
-                score_f32_1(at, k_stride, last, q, q_row, steps, to, scores_row)
+                score_f32_1(at, k_stride, last, ahead, q, q_row, steps, to, scores_row)
             elif dtype == FLOAT16:
-                score_f16_1(at, k_stride, last, q, q_row, steps, to, scores_row)
+                score_f16_1(at, k_stride, last, ahead, q, q_row, steps, to, scores_row)
             else:
-                score_bf16_1(at, k_stride, last, q, q_row, steps, to, scores_row)
+                score_bf16_1(at, k_stride, last, ahead, q, q_row, steps, to, scores_row)
         elif dtype == FLOAT32:
-            score_f32_4(at, k_stride, last, q, q_row, steps, to, scores_row)
+            score_f32_4(at, k_stride, last, ahead, q, q_row, steps, to, scores_row)
         elif dtype == FLOAT16:
-            score_f16_4(at, k_stride, last, q, q_row, steps, to, scores_row)
+            score_f16_4(at, k_stride, last, ahead, q, q_row, steps, to, scores_row)
         else:
-            score_bf16_4(at, k_stride, last, q, q_row, steps, to, scores_row)
+            score_bf16_4(at, k_stride, last, ahead, q, q_row, steps, to, scores_row)
 
 
 @native
-def weigh_values(dtype, rows, v, v_stride, weights, weights_row, count, out, out_row, steps):
+def weigh_values(dtype, rows, v, v_stride, ahead, weights, weights_row, count, out, out_row, steps):
     """out[row] += sum of weights[row, key] * v[key] over `count` keys, for `steps` vectors of head_dim."""
     nbytes = LANES * (4 if dtype == FLOAT32 else 2)
     step = 0
@@ -338,32 +342,32 @@ def weigh_values(dtype, rows, v, v_stride, weights, weights_row, count, out, out
             step += VALUE_VECTORS
             if rows == 1:
                 if dtype == FLOAT32:
-                    weigh_f32_1(v_at, v_stride, weights, weights_row, count, to, out_row)
+                    weigh_f32_1(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
                 elif dtype == FLOAT16:
-                    weigh_f16_1(v_at, v_stride, weights, weights_row, count, to, out_row)
+                    weigh_f16_1(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
                 else:
-                    weigh_bf16_1(v_at, v_stride, weights, weights_row, count, to, out_row)
+                    weigh_bf16_1(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
             elif dtype == FLOAT32:
-                weigh_f32_4(v_at, v_stride, weights, weights_row, count, to, out_row)
+                weigh_f32_4(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
             elif dtype == FLOAT16:
-                weigh_f16_4(v_at, v_stride, weights, weights_row, count, to, out_row)
+                weigh_f16_4(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
             else:
-                weigh_bf16_4(v_at, v_stride, weights, weights_row, count, to, out_row)
+                weigh_bf16_4(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
         else:
             step += 1
             if rows == 1:
                 if dtype == FLOAT32:
-                    weigh_tail_f32_1(v_at, v_stride, weights, weights_row, count, to, out_row)
+                    weigh_tail_f32_1(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
                 elif dtype == FLOAT16:
-                    weigh_tail_f16_1(v_at, v_stride, weights, weights_row, count, to, out_row)
+                    weigh_tail_f16_1(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
                 else:
-                    weigh_tail_bf16_1(v_at, v_stride, weights, weights_row, count, to, out_row)
+                    weigh_tail_bf16_1(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
             elif dtype == FLOAT32:
-                weigh_tail_f32_4(v_at, v_stride, weights, weights_row, count, to, out_row)
+                weigh_tail_f32_4(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
             elif dtype == FLOAT16:
-                weigh_tail_f16_4(v_at, v_stride, weights, weights_row, count, to, out_row)
+                weigh_tail_f16_4(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
             else:
-                weigh_tail_bf16_4(v_at, v_stride, weights, weights_row, count, to, out_row)
+                weigh_tail_bf16_4(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
 
 
 # ---- between the two layouts ------------------------------------------------------------------------------------
