@@ -9,11 +9,22 @@ import numpy as np
 
 from .counts import GlobalAccess, Report, SharedAccess
 from .errors import EmulatorError, Place
-from .launch import Arguments, flatten, pack, ptx_of, run_program, translator
+from .launch import MAX_STEPS, Arguments, Kernel, flatten, load, ptx_of
 from .machine import Checks
 from .memory import GlobalMemory
 
-__all__ = ["Checks", "EmulatorError", "GlobalAccess", "GlobalMemory", "Place", "Report", "SharedAccess", "launch"]
+__all__ = [
+    "Checks",
+    "EmulatorError",
+    "GlobalAccess",
+    "GlobalMemory",
+    "Kernel",
+    "Place",
+    "Report",
+    "SharedAccess",
+    "launch",
+    "load",
+]
 
 
 def launch(
@@ -25,7 +36,7 @@ def launch(
     entry: str | None = None,
     cc: tuple[int, int] = (8, 0),
     checks: Checks | None = None,
-    max_steps: int = 10_000_000,
+    max_steps: int = MAX_STEPS,
 ) -> Report:
     """Runs a kernel.
 
@@ -46,11 +57,12 @@ def launch(
     Raises:
         EmulatorError: The kernel cannot be run, or did what it must not; arrays then hold what they held before.
     """
-    translation = translator(ptx_of(kernel, args, cc), entry)
-    memory = GlobalMemory(sum(x.nbytes + 2048 for x in args if isinstance(x, np.ndarray)) // 512 * 512 + (1 << 12))
+    loaded = load(ptx_of(kernel, args, cc), entry)
+    arrays = [x for x in args if isinstance(x, np.ndarray)]
+    memory = GlobalMemory()
     placed = Arguments(memory)
-    placed.place([x for x in args if isinstance(x, np.ndarray)])
-    params = pack(translation.program, flatten(translation.program, args, placed))
-    report = run_program(translation, grid, block, params, memory, shared, checks or Checks(), max_steps)
+    placed.place(arrays)
+    values = flatten(loaded.translation.program, args, placed)
+    report = loaded.run(memory, grid, block, *values, shared=shared, checks=checks, max_steps=max_steps)
     placed.take_back()
     return report

@@ -11,6 +11,9 @@ u]` is the last interval of warp u that happened before what warp w does now; ba
 stamped with the clock of its warp, and with whether its warp was converged: lanes of one converged warp run in step.
 """
 
+# mypy: disable-error-code="no-any-return"
+# Operators on NDArray[Any] are typed Any.
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -300,13 +303,13 @@ def global_write(
             first = at >> s.shift
             for granule in range(first, first + max(size >> s.shift, 1)):
                 last = s.writer[granule]
-                if not same and last != 0 and abs(last) != mark and not (strong and last < 0):
-                    if not _ordered(known, blocks[i], abs(last) - 1):
-                        return WRITE_AFTER_WRITE, i, abs(last) - 1
+                foreign = last != 0 and abs(last) != mark and not (strong and last < 0)
+                if foreign and not same and not _ordered(known, blocks[i], abs(last) - 1):
+                    return WRITE_AFTER_WRITE, i, abs(last) - 1
                 reader = s.reader[granule]
-                if not same and reader != 0 and reader != mark:
-                    if reader < 0 or not _ordered(known, blocks[i], reader - 1):
-                        return WRITE_AFTER_READ, i, reader - 1 if reader > 0 else -1
+                foreign = reader != 0 and reader != mark
+                if foreign and not same and (reader < 0 or not _ordered(known, blocks[i], reader - 1)):
+                    return WRITE_AFTER_READ, i, reader - 1 if reader > 0 else -1
                 s.writer[granule] = -mark if strong else mark
         if values.shape[0] > 0:
             for byte in range(size):

@@ -1,5 +1,8 @@
 """What the lanes of a warp do together: shuffles, votes, matches and reductions, with their member masks checked."""
 
+# mypy: disable-error-code="no-any-return"
+# Operators on NDArray[Any] are typed Any.
+
 from __future__ import annotations
 
 from collections.abc import Callable

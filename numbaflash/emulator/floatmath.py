@@ -5,6 +5,9 @@ the narrow formats goes through float64 rounded to odd, which makes the second r
 "Emulation of FMA and correctly rounded sums", IEEE TC 57(4), 2008); float64 uses the sign of the exact residual.
 """
 
+# mypy: disable-error-code="no-any-return"
+# Operators on NDArray[Any] are typed Any.
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -26,10 +29,12 @@ def _llvm_fma(_context: Any, a: Any, b: Any, c: Any) -> Any:
     return a(a, b, c) if a in (types.float32, types.float64) and a == b == c else None, generate
 
 
-@vectorize(["float32(float32, float32, float32)", "float64(float64, float64, float64)"], cache=True)
+@vectorize(  # type: ignore[no-untyped-call, untyped-decorator]  # Numba has no types
+    ["float32(float32, float32, float32)", "float64(float64, float64, float64)"], cache=True
+)
 def fma(a: Any, b: Any, c: Any) -> Any:
-    """a * b + c with one rounding, to nearest even."""
-    return _llvm_fma(a, b, c)
+    """One rounding, to nearest even, of a * b + c."""
+    return _llvm_fma(a, b, c)  # type: ignore[call-arg]  # Numba passes the context
 
 
 class Format(NamedTuple):
@@ -130,7 +135,7 @@ def _half_away(x: Array) -> Array:
     return np.copysign(np.floor(np.abs(x) + 0.5), x)
 
 
-_ROUND = {"rn": np.rint, "rna": _half_away, "rz": np.trunc, "rm": np.floor, "rp": np.ceil}
+_ROUND: dict[str, Any] = {"rn": np.rint, "rna": _half_away, "rz": np.trunc, "rm": np.floor, "rp": np.ceil}
 INTEGER_ROUND = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
@@ -178,8 +183,9 @@ def _directed(result: Array, residual: Array, operands: list[Array], mode: str) 
     """Moves the nearest float64 to the neighbour that a directed mode wants."""
     overflow = np.isinf(result) & np.logical_and.reduce([np.isfinite(x) for x in operands])
     residual = np.where(overflow, -result, residual)
-    down = {"rz": result > 0, "rm": True, "rp": False}[mode] & (residual < 0)
-    up = {"rz": result < 0, "rm": False, "rp": True}[mode] & (residual > 0)
+    positive = result > 0
+    down = (residual < 0) & (positive if mode == "rz" else mode == "rm")
+    up = (residual > 0) & (~positive if mode == "rz" else mode == "rp")
     return np.where(down, np.nextafter(result, -np.inf), np.where(up, np.nextafter(result, np.inf), result))
 
 
@@ -187,7 +193,7 @@ def _rounded(name: str, operands: list[Array], kind: str, mode: str) -> Array:
     """An operation in float64, rounded once to a format; float64 values out."""
     wide = [np.atleast_1d(x.astype("f8")) for x in operands]
     result, residual = _exact(name, wide)
-    if name == "fma" and mode == "rm" or name == "add" and mode == "rm":
+    if mode == "rm" and name in ("fma", "add"):  # an exact zero sum is -0 there
         left = wide[0] * wide[1] if name == "fma" else wide[0]
         opposite = np.signbit(left) != np.signbit(wide[-1])
         result = np.where((result == 0) & opposite, -0.0, result)
@@ -296,7 +302,7 @@ _COMPARE = {
 
 
 def compare(name: str, a: Array, b: Array) -> Array:
-    """setp's comparisons of floats: ordered ones are false, unordered ones (equ ...) true where one is NaN."""
+    """The comparisons of floats: ordered ones are false, unordered ones (equ ...) true where one is NaN."""
     if name == "num":
         return ~(np.isnan(a) | np.isnan(b))
     if name == "nan":
@@ -356,14 +362,14 @@ def tf32(x: Array, mode: str) -> Array:
 
 
 def sign_bits(name: str, kind: str, a: Any) -> Array:
-    """abs and neg of the 16-bit formats, on their bits."""
+    """The sign operations abs and neg of the 16-bit formats, on their bits."""
     mask = 0x80008000 if kind.endswith("x2") else 0x8000
     a = np.asarray(a)
     return a & a.dtype.type(~mask & (2 ** (8 * a.dtype.itemsize) - 1)) if name == "abs" else a ^ a.dtype.type(mask)
 
 
 def classify(name: str, x: Array) -> Array:
-    """testp."""
+    """Whether numbers are finite, normal and so on, by the names of testp."""
     tiny = _TINY[x.dtype.str[1:]]
     match name:
         case "finite":

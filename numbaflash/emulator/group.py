@@ -1,5 +1,8 @@
 """The threads that execute one instruction together, and how their values lie in arrays."""
 
+# mypy: disable-error-code="no-any-return"
+# Operators on NDArray[Any] are typed Any.
+
 from __future__ import annotations
 
 from functools import cached_property

@@ -1,5 +1,8 @@
 """Integer functions of the PTX ISA on NumPy arrays, for what NumPy has no operator."""
 
+# mypy: disable-error-code="no-any-return"
+# Operators on NDArray[Any] are typed Any.
+
 from __future__ import annotations
 
 from typing import Any
@@ -23,14 +26,14 @@ def saturate(wide: Array, dtype: Any) -> Array:
 
 
 def add_carry(a: Array, b: Array, carry: Any) -> tuple[Array, Array]:
-    """a + b + carry, and the carry out."""
+    """The sum a + b + carry, and the carry out."""
     partial = a + b
     total = partial + np.asarray(carry).astype(a.dtype)
     return total, (partial < a) | (total < partial)
 
 
 def sub_carry(a: Array, b: Array, borrow: Any) -> tuple[Array, Array]:
-    """a - b - borrow, and the borrow out."""
+    """The difference a - b - borrow, and the borrow out."""
     borrow = np.asarray(borrow).astype(a.dtype)
     partial = a - b
     return partial - borrow, (a < b) | (partial < borrow)
@@ -115,12 +118,12 @@ def find_bit(a: Array, shift: bool) -> Array:
 
 
 def shift_left(a: Array, amount: Array) -> Array:
-    """a << amount; 0 from the width on."""
+    """The bits of a moved up; 0 from the width on."""
     return a << np.minimum(amount, np.uint32(255)).astype(a.dtype)
 
 
 def shift_right(a: Array, amount: Array) -> Array:
-    """a >> amount; 0, or the sign, from the width on."""
+    """The bits of a moved down; 0, or the sign, from the width on."""
     return a >> np.minimum(amount, np.uint32(127)).astype(a.dtype)
 
 
@@ -145,7 +148,7 @@ def extract_field(a: Array, position: Array, length: Array) -> Array:
 
 
 def insert_field(a: Array, b: Array, position: Array, length: Array) -> Array:
-    """b with `length` bits from bit `position` on replaced by the low bits of a."""
+    """The bits of b, with `length` of them from bit `position` on replaced by the low bits of a."""
     dtype = np.asarray(b).dtype
     position, length = position & np.uint32(255), length & np.uint32(255)
     mask = shift_left(_ones(length, dtype), position)

@@ -6,18 +6,19 @@ import functools
 import re
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import checks as shadow
-from .errors import EmulatorError, Place
 from .counts import Report
+from .errors import EmulatorError, Place
 from .machine import Checks, Launch, Machine, granule
 from .memory import ALIGNMENT, BASE, GlobalMemory
 from .parse import SIZES, Float, Symbol, Variable, parse
-from .program import DYNAMIC_ALIGNMENT, Program, build, limits
+from .program import Program, build, limits
 from .schedule import run
 from .translate import Translator
 
@@ -25,10 +26,12 @@ Array = NDArray[Any]
 _LANES = 8192
 """Lanes that run together: their registers fit the second-level cache."""
 _SHARED_BYTES = 32 << 20
+MAX_STEPS = 10_000_000
+"""Basic blocks that may run before a launch counts as hanging."""
 
 
 @functools.lru_cache(maxsize=256)
-def translator(ptx: str, entry: str | None = None) -> Translator:
+def _translation(ptx: str, entry: str | None) -> Translator:
     """The translation of a kernel, made once per PTX text."""
     return Translator(build(parse(ptx), entry))
 
@@ -56,7 +59,7 @@ def ptx_of(kernel: Any, args: Sequence[Any], cc: tuple[int, int]) -> str:
             "is accepted",
             kind="argument",
         )
-    from numba import cuda
+    from numba.cuda.compiler import compile_ptx
     from numba.cuda.typing.typeof import Purpose, typeof
 
     try:
@@ -68,7 +71,7 @@ def ptx_of(kernel: Any, args: Sequence[Any], cc: tuple[int, int]) -> str:
         options = kernel.targetoptions
         kept = {name: options[name] for name in ("debug", "lineinfo", "fastmath", "opt") if name in options}
         kept["debug"] = bool(kept.get("debug"))
-        versions[signature, cc] = cuda.compile_ptx(function, signature, cc=cc, **kept)[0]
+        versions[signature, cc] = compile_ptx(function, signature, cc=cc, **kept)[0]  # type: ignore[no-untyped-call]  # Numba has no types
     return versions[signature, cc]
 
 
@@ -155,7 +158,7 @@ class Arguments:
         if not array.size:
             return BASE
         low, _ = np.lib.array_utils.byte_bounds(array)
-        start = array.__array_interface__["data"][0]
+        start = int(array.__array_interface__["data"][0])
         begin, _, address = next(x for x in self._ranges if x[0] <= low < x[1])
         return address + start - begin
 
@@ -185,8 +188,18 @@ def _origin(array: Array) -> int:
 
 
 _CODES = {
-    **{"b": "bool", "a": "int8", "h": "uint8", "s": "int16", "t": "uint16", "i": "int32", "j": "uint32"},
-    **{"x": "int64", "y": "uint64", "f": "float32", "d": "float64", "Dh": "float16"},
+    "b": "bool",
+    "a": "int8",
+    "h": "uint8",
+    "s": "int16",
+    "t": "uint16",
+    "i": "int32",
+    "j": "uint32",
+    "x": "int64",
+    "y": "uint64",
+    "f": "float32",
+    "d": "float64",
+    "Dh": "float16",
 }
 _MANGLED_ARRAY = re.compile(r"5ArrayI(\w\w?)Li(\d)E1([CFA])7")
 
@@ -237,7 +250,63 @@ def dimensions(value: int | Sequence[int], name: str) -> tuple[int, int, int]:
     return x, y, z
 
 
-def run_program(
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that is translated, to be run on global memory that stays (`emulator.launch` brings its own).
+
+    Attributes:
+        translation: Its program and segments.
+    """
+
+    translation: Translator
+
+    @property
+    def name(self) -> str:
+        """Its name in the PTX text."""
+        return self.translation.program.name
+
+    def run(
+        self,
+        memory: GlobalMemory,
+        grid: int | Sequence[int],
+        block: int | Sequence[int],
+        *values: Any,
+        shared: int = 0,
+        checks: Checks | None = None,
+        max_steps: int = MAX_STEPS,
+    ) -> Report:
+        """Runs it.
+
+        Args:
+            memory: Global memory, changed in place.
+            grid: Blocks, one to three numbers.
+            block: Threads of a block, one to three numbers.
+            *values: One scalar per kernel parameter; addresses are those of `memory`.
+            shared: Bytes of dynamic shared memory.
+            checks: Which checks to make; all by default.
+            max_steps: Basic blocks that may run before the launch counts as hanging.
+
+        Returns:
+            What the launch would have cost the hardware.
+
+        Raises:
+            EmulatorError: The launch is over the limits of the target, an argument does not fit, or a check failed.
+        """
+        program = self.translation.program
+        params = pack(program, values)
+        return _run(self.translation, grid, block, params, memory, shared, checks or Checks(), max_steps)
+
+
+def load(ptx: str, entry: str | None = None) -> Kernel:
+    """Translates a kernel of a PTX text, once per text.
+
+    Raises:
+        EmulatorError: The text is malformed, has no such kernel, or has something that is not implemented.
+    """
+    return Kernel(_translation(ptx, entry))
+
+
+def _run(
     translation: Translator,
     grid: int | Sequence[int],
     block: int | Sequence[int],
@@ -247,11 +316,6 @@ def run_program(
     checks: Checks,
     max_steps: int,
 ) -> Report:
-    """Runs a kernel on global memory.
-
-    Raises:
-        EmulatorError: The launch is over the limits of the target, or a check failed.
-    """
     program = translation.program
     blocks, threads = dimensions(grid, "grid"), dimensions(block, "block")
     _check_limits(program, blocks, threads, shared)

@@ -4,6 +4,9 @@
 threads run when is decided in `schedule`.
 """
 
+# mypy: disable-error-code="no-any-return"
+# Operators on NDArray[Any] are typed Any.
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -202,7 +205,7 @@ class Machine:
         return ""
 
     def trap(self, g: Group, instruction: Instruction) -> NoReturn:
-        """trap."""
+        """Reports that the kernel gave up by trap."""
         self.fail("the kernel executed trap", "trap", instruction, int(g.lanes[0]))
 
     # ---- constants
@@ -510,7 +513,7 @@ class Machine:
         return collectives.vote(g, mode, a, mask, self._reporter(g, here, "collective"))
 
     def active_mask(self, g: Group) -> Array:
-        """activemask."""
+        """The lanes that run together (activemask)."""
         return collectives.active_mask(g)
 
     def match(self, g: Group, here: Instruction, mode: str, a: Array, mask: Array) -> tuple[Array, Array]:
@@ -547,7 +550,7 @@ class Machine:
 
     def _whole(self, g: Group, instruction: Instruction) -> None:
         if not g.whole:
-            missing = ~g.gather(np.repeat(g.present.all(axis=1)[:, None], WARP, axis=1))
+            missing = g.gather(np.repeat(~g.present.all(axis=1, keepdims=True), WARP, axis=1))
             lane = int(g.lanes[np.flatnonzero(missing)[0]])
             self.fail("a matrix instruction needs all 32 threads of the warp", "collective", instruction, lane)
 

@@ -25,7 +25,14 @@ class GlobalMemory:
         valid: 1 for each byte that belongs to an allocation.
     """
 
-    def __init__(self, capacity: int = 1 << 16) -> None:
+    def __init__(self, capacity: int = 1 << 16, limit: int = 1 << 36) -> None:
+        """Makes an arena.
+
+        Args:
+            capacity: Bytes at the start; it grows.
+            limit: Bytes that it may grow to.
+        """
+        self._limit = limit
         self.data = np.full(capacity, _POISON, np.uint8)
         self.valid = np.zeros(capacity, np.uint8)
         self._sizes: dict[int, int] = {}
@@ -40,6 +47,9 @@ class GlobalMemory:
 
         Returns:
             The address: `offset` past a multiple of `ALIGNMENT` that is none of twice that.
+
+        Raises:
+            MemoryError: The arena would grow over its limit.
         """
         room = -(-(offset + nbytes + 1) // ALIGNMENT) * ALIGNMENT + ALIGNMENT
         room += room % (2 * ALIGNMENT)
@@ -57,7 +67,9 @@ class GlobalMemory:
 
     def _grow(self, room: int) -> int:
         start = self.data.size
-        size = max(room, start)
+        if start + room > self._limit:
+            raise MemoryError(f"{room} bytes more than the {start} of {self._limit} in use")
+        size = min(max(room, start), self._limit - start)
         self.data = np.concatenate([self.data, np.full(size, _POISON, np.uint8)])
         self.valid = np.concatenate([self.valid, np.zeros(size, np.uint8)])
         self._free.append((start + room, size - room))
@@ -88,7 +100,7 @@ class GlobalMemory:
     def view(self, address: int, nbytes: int) -> Array:
         """The bytes at an address, which must lie in allocations."""
         begin = address - BASE
-        inside = 0 <= begin and begin + nbytes <= self.data.size
+        inside = begin >= 0 and begin + nbytes <= self.data.size
         if not inside or not self.valid[begin : begin + nbytes].all():
             raise EmulatorError(f"{nbytes} bytes at {address:#x} are not allocated", kind="bounds")
         return self.data[begin : begin + nbytes]

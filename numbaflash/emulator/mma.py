@@ -47,7 +47,7 @@ class Fragments:
 
 @njit(cache=True)
 def _multiply(a: Array, b: Array, c: Array, out: Array, per: int) -> None:
-    """out = A B + C for every warp.
+    """Computes D = A B + C for every warp.
 
     Args:
         a: (lanes, 2 * halves * per): element e of register r of lane (g, t) is A[g + 8 * (r % 2), k] with

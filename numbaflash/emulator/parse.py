@@ -15,7 +15,13 @@ from .errors import EmulatorError, Place
 
 SIZES = {
     **{f"{kind}{bits}": bits // 8 for kind in "bsu" for bits in (8, 16, 32, 64)},
-    **{"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f16x2": 4, "bf16x2": 4, "pred": 1},
+    "f16": 2,
+    "bf16": 2,
+    "f32": 4,
+    "f64": 8,
+    "f16x2": 4,
+    "bf16x2": 4,
+    "pred": 1,
 }
 """Bytes of each fundamental type."""
 

@@ -287,9 +287,7 @@ class _Builder:
 
     def _call(self, instruction: Instruction, scope: _Scope, active: tuple[str, ...]) -> None:
         operands = list(instruction.operands)
-        outputs = operands.pop(0).items if isinstance(operands[0], Tuple) else ()
-        target = operands.pop(0)
-        inputs = operands.pop(0).items if operands and isinstance(operands[0], Tuple) else ()
+        outputs, target, inputs = _call_operands(operands)
         name = target.name.removeprefix(scope.prefix) if isinstance(target, Symbol) else ""
         function = self.module.functions.get(name)
         place = Place(self.function.name, line=instruction.line)
@@ -376,6 +374,19 @@ class _Builder:
             if name not in self.labels:
                 raise EmulatorError(f"label {name} is not defined", kind="syntax", place=program.place(item))
             yield self.labels[name]
+
+
+def _call_operands(operands: list[Operand]) -> tuple[tuple[Operand, ...], Operand, tuple[Operand, ...]]:
+    """Takes results, function and arguments off the operands of a call."""
+    first = operands.pop(0)
+    outputs: tuple[Operand, ...] = ()
+    if isinstance(first, Tuple):
+        outputs, first = first.items, operands.pop(0)
+    inputs: tuple[Operand, ...] = ()
+    if operands and isinstance(operands[0], Tuple):
+        inputs = operands[0].items
+        operands.pop(0)
+    return outputs, first, inputs
 
 
 def is_barrier(instruction: Instruction) -> bool:

@@ -90,8 +90,7 @@ class Scheduler:
             return
         if pc in self.ready:
             other, since = self.ready[pc]
-            group, self.steps = self._group(np.sort(np.concatenate([other.lanes, group.lanes]))), self.steps
-            self.ready[pc] = group, since
+            self.ready[pc] = self._group(np.sort(np.concatenate([other.lanes, group.lanes]))), since
         else:
             self.ready[pc] = group, self.steps
 
@@ -122,9 +121,7 @@ class Scheduler:
         if together.any():
             self._push(pc, group.lanes[together])
             apart = self._group(group.lanes[~together])
-            if pc in self.ready and collective == pc:
-                self._meet(pc, apart)
-            elif collective == pc:
+            if (pc in self.ready and collective == pc) or collective == pc:
                 self._meet(pc, apart)
             else:
                 self._run(pc, collective, apart)

@@ -32,7 +32,9 @@ NAMESPACE: dict[str, Any] = {
     **{name: getattr(intmath, name) for name in _INTEGER},
     **{name: getattr(floatmath, name) for name in _FLOAT},
     **{f"{kind}{size}": np.dtype(f"{kind}{size}") for kind in "ui" for size in (1, 2, 4, 8)},
-    **{"f4": np.dtype("f4"), "f8": np.dtype("f8"), "b1": np.dtype("b1")},
+    "f4": np.dtype("f4"),
+    "f8": np.dtype("f8"),
+    "b1": np.dtype("b1"),
 }
 """What generated code may call."""
 

@@ -15,7 +15,7 @@ _INTEGER_ROUNDINGS = ("rni", "rzi", "rmi", "rpi")
 
 @op("cvt")
 def convert(e: Emit) -> None:
-    """cvt."""
+    """Picks the kind of conversion by the two types."""
     source = e.type(*_INTEGERS, *_SCALARS)
     target = e.type(*_INTEGERS, *_SCALARS, *_PACKED, "tf32")
     e.code.pipe = "xu" if source[0] not in "us" or target[0] not in "us" else "alu"

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import EmulatorError, Place
 from ..parse import SIZES, Address, Float, Instruction, Int, Not, Operand, Pair, Reg, Symbol, Vector
@@ -88,7 +89,7 @@ class Names:
         self.sites: list[Site] = []
         self._constant_names: dict[tuple[str, bytes], str] = {}
 
-    def constant(self, value: np.generic) -> str:
+    def constant(self, value: Any) -> str:
         """Names a NumPy scalar."""
         key = (value.dtype.str, value.tobytes())
         name = self._constant_names.get(key)
@@ -126,13 +127,13 @@ class Emit:
 
     # ---- modifiers
 
+    def error(self, reason: str, kind: str = "syntax") -> EmulatorError:
+        """An error at this instruction."""
+        return EmulatorError(reason, kind=kind, place=Place(line=self.instruction.line))
+
     def unsupported(self, what: str) -> NoReturn:
         """Raises the error of something that is not implemented."""
-        raise EmulatorError(
-            f"{what} of {self.instruction.opcode} is not implemented",
-            kind="unsupported",
-            place=Place(line=self.instruction.line),
-        )
+        raise self.error(f"{what} of {self.instruction.opcode} is not implemented", "unsupported")
 
     def flag(self, name: str) -> bool:
         """Takes an optional modifier."""
@@ -163,21 +164,19 @@ class Emit:
             self.unsupported(f"modifier .{self.mods[0]}")
         counts = (count,) if isinstance(count, int) else count
         if len(self.operands) not in counts:
-            raise EmulatorError(
-                f"{self.instruction.opcode} takes {' or '.join(map(str, counts))} operands, not {len(self.operands)}",
-                kind="syntax",
-                place=Place(line=self.instruction.line),
+            raise self.error(
+                f"{self.instruction.opcode} takes {' or '.join(map(str, counts))} operands, not {len(self.operands)}"
             )
 
     # ---- operands
 
+    def misfit(self, operand: Operand) -> EmulatorError:
+        """The error of an operand of the wrong kind or size."""
+        return self.error(f"{type(operand).__name__.lower()} operand does not fit {self.instruction.opcode}")
+
     def bad_operand(self, operand: Operand) -> NoReturn:
-        """Raises the error of an operand of the wrong kind."""
-        raise EmulatorError(
-            f"{type(operand).__name__.lower()} operand does not fit {self.instruction.opcode}",
-            kind="syntax",
-            place=Place(line=self.instruction.line),
-        )
+        """Raises `misfit`."""
+        raise self.misfit(operand)
 
     def temporary(self) -> str:
         """A fresh local name."""
@@ -225,38 +224,40 @@ class Emit:
             case Int(value):
                 return self.integer(value, wanted)
             case Float(bits, size):
-                return self.names.constant(self._float(bits, size, wanted))
+                return self.constant(self._float(bits, size, wanted))
             case Symbol():
                 return self.symbol_address(operand, wanted)
-        self.bad_operand(operand)
+        raise self.misfit(operand)
 
     def integer(self, value: int, wanted: str) -> str:
         """A named integer constant, wrapped to its type."""
         dtype = np.dtype(wanted)
         if dtype.kind == "f":
-            return self.names.constant(dtype.type(value))
+            return self.constant(np.array(value, dtype))
         if dtype.kind == "b":
-            return self.names.constant(np.bool_(value))
+            return self.constant(np.array(value, np.bool_))
         wrapped = value & ((1 << dtype.itemsize * 8) - 1)
-        return self.names.constant(np.array(wrapped, f"u{dtype.itemsize}").view(dtype)[()])
+        return self.constant(np.array(wrapped, f"u{dtype.itemsize}").view(dtype))
 
-    def _float(self, bits: int, size: int, wanted: str) -> np.generic:
+    def constant(self, value: NDArray[Any]) -> str:
+        """Names the scalar in an array without dimensions."""
+        return self.names.constant(np.asarray(value)[()])
+
+    def _float(self, bits: int, size: int, wanted: str) -> NDArray[Any]:
         literal = np.array(bits, f"u{size}").view(f"f{size}")
         dtype = np.dtype(wanted)
         if dtype.kind == "f":
-            return literal[()] if dtype.itemsize == size else literal.astype(dtype)[()]
+            return literal if dtype.itemsize == size else literal.astype(dtype)
         if dtype.itemsize == size:
-            return literal.view(dtype)[()]
+            return literal.view(dtype)
         if dtype.itemsize == 4 and size == 8:
-            return literal.astype("f4").view(dtype)[()]
-        self.unsupported("this floating-point literal")
+            return literal.astype("f4").view(dtype)
+        raise self.misfit(Float(bits, size))
 
     def symbol(self, name: str) -> tuple[str, int]:
         """State space and address of a variable."""
         if name not in self.names.symbols:
-            raise EmulatorError(
-                f"{name} is not defined in this module", kind="syntax", place=Place(line=self.instruction.line)
-            )
+            raise self.error(f"{name} is not defined in this module")
         return self.names.symbols[name]
 
     def symbol_address(self, operand: Symbol, wanted: str, add: int = 0) -> str:
@@ -272,7 +273,7 @@ class Emit:
             return f"m.special(g, {name!r})", 8
         if name in SPECIAL_32:
             return f"m.special(g, {name!r})", 4
-        self.unsupported(f"special register {name}")
+        raise self.error(f"special register {name} is not implemented", "unsupported")
 
     def many(self, operand: Operand, kind: str) -> list[str]:
         """The expressions of a vector operand, or of a scalar taken as a vector of one."""

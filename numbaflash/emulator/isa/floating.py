@@ -41,7 +41,7 @@ def arithmetic(e: Emit) -> None:
 
 @op("fma")
 def fused(e: Emit) -> None:
-    """fma."""
+    """Fused multiply-add."""
     arithmetic(e)
 
 
@@ -151,7 +151,7 @@ def approximation(e: Emit) -> None:
 
 @op("testp")
 def test_property(e: Emit) -> None:
-    """testp."""
+    """Whether a number is finite, normal, and so on."""
     kind = e.type("f32", "f64")
     name = e.one_of("finite", "infinite", "number", "notanumber", "normal", "subnormal")
     e.finish(2)

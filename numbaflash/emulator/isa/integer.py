@@ -284,7 +284,7 @@ def logic(e: Emit) -> None:
 
 @op("not")
 def invert(e: Emit) -> None:
-    """not."""
+    """Bitwise complement."""
     kind = e.type("pred", "b16", "b32", "b64")
     e.finish(2)
     e.result(e.operands[0], f"~{e.source(e.operands[1], kind)}", kind)

@@ -13,9 +13,10 @@ _TYPES = (
 _SPACES = ("global", "shared", "local", "param", "const", "shared::cta", "param::entry", "param::func")
 _SCOPES = ("cta", "cluster", "gpu", "sys")
 _CACHE = ("ca", "cg", "cs", "lu", "cv", "wb", "wt")
-_HINTS = tuple(
-    f"L1::{hint}" for hint in ("evict_normal", "evict_unchanged", "evict_first", "evict_last", "no_allocate")
-) + ("L2::64B", "L2::128B", "L2::256B")
+_HINTS = (
+    *(f"L1::{hint}" for hint in ("evict_normal", "evict_unchanged", "evict_first", "evict_last", "no_allocate")),
+    *("L2::64B", "L2::128B", "L2::256B"),
+)
 
 
 def _space(e: Emit) -> str:

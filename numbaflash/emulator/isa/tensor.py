@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..parse import Vector
+from ..parse import Operand, Vector
 from .emit import Emit, here, op
 
 
@@ -45,7 +45,7 @@ def _matrix_modifiers(e: Emit) -> None:
         e.unsupported("leaving out .shared")
 
 
-def _registers(e: Emit, operand: object, count: int) -> tuple:
+def _registers(e: Emit, operand: Operand, count: int) -> tuple[Operand, ...]:
     if not isinstance(operand, Vector) or len(operand.items) != count:
         e.bad_operand(operand)
     return operand.items
