@@ -7,9 +7,11 @@ none (a broken connection, a deadline) is a plain `ServiceError` with its gRPC c
 
 from __future__ import annotations
 
+import contextlib
 from typing import ClassVar, Final, Protocol
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN: Final = "numbaflash"
@@ -172,7 +174,7 @@ def from_status(status: status_pb2.Status) -> ServiceError:
     info, retry, request = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo(), error_details_pb2.BadRequest()
     for detail in status.details:
         for message in (info, retry, request):
-            if detail.Is(message.DESCRIPTOR):
+            with contextlib.suppress(DecodeError):
                 detail.Unpack(message)
     retry_after = retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None
     cls = _BY_REASON.get(info.reason) if info.domain == DOMAIN else None
@@ -206,6 +208,6 @@ def from_call(error: FailedCall) -> ServiceError:
         if key == STATUS_TRAILER and isinstance(value, bytes):
             try:
                 return from_status(status_pb2.Status.FromString(value))
-            except ValueError:
+            except DecodeError:
                 break
     return ServiceError(error.details() or error.code().name, code=error.code())

@@ -1,0 +1,190 @@
+"""A server in this process, on a loop and thread of its own, and arrays to send it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf.message import Message
+from numbaflash_service import Client, RetryPolicy, wire
+from numbaflash_service.config import load
+from numbaflash_service.server import Server
+from numbaflash_service.v1 import attention_pb2 as pb
+
+SERVICE = "numbaflash.v1.Attention"
+
+
+class RunningServer:
+    def __init__(self, **config: Any) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        self.server = self.on_loop(self._make({"listen": ["127.0.0.1:0"], "grace": 2.0, **config}))
+        self.target = self.server.addresses[0]
+        self.submitted: list[Any] = []  # every step that was queued
+        self.stopped = False
+        submit = self.engine.submit
+
+        def record(step: Any, writer: object) -> None:
+            submit(step, writer)
+            self.submitted.append(step)
+
+        self.engine.submit = record
+
+    async def _make(self, config: dict[str, Any]) -> Server:
+        server = Server(load(**config))
+        await server.start()
+        return server
+
+    def on_loop(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=30)
+
+    @property
+    def engine(self) -> Any:
+        return self.server._servicer._engine
+
+    @property
+    def answers(self) -> Any:
+        return self.server._servicer._answers
+
+    @contextlib.contextmanager
+    def engine_held(self) -> Iterator[None]:
+        """Keep the engine's thread from taking anything while the block runs."""
+        holding, release = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            holding.set()
+            release.wait(timeout=30)
+
+        held = asyncio.run_coroutine_threadsafe(self.engine.call(hold), self._loop)
+        assert holding.wait(timeout=30)
+        try:
+            yield
+        finally:
+            release.set()
+            held.result(timeout=30)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        async def wait() -> None:
+            while not condition():
+                await asyncio.sleep(0.001)
+
+        self.on_loop(asyncio.wait_for(wait(), 20))
+
+    def wait_for_queue(self, steps: int) -> None:
+        """Return when so many steps wait or run."""
+        self.wait_until(lambda: self.engine.steps == steps)
+
+    def stop(self) -> None:
+        if not self.stopped:
+            self.stopped = True
+            self.on_loop(self.server.stop())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+
+class StockClient:
+    """Plain protobuf over a plain channel, nothing of the project's own client or codec: an attribute for each RPC."""
+
+    def __init__(self, target: str) -> None:
+        self.channel = grpc.insecure_channel(target)
+        for name, method in pb.DESCRIPTOR.services_by_name["Attention"].methods_by_name.items():
+            make = self.channel.stream_stream if method.client_streaming else self.channel.unary_unary
+            response = getattr(pb, method.output_type.name)
+            call = make(f"/{SERVICE}/{name}", request_serializer=_serialize, response_deserializer=response.FromString)
+            setattr(self, name, call)
+
+    def new_session(self, **shape: Any) -> str:
+        shape = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "capacity": 64, "dtype": "float32", **shape}
+        return self.CreateSession(pb.CreateSessionRequest(shape=pb.SessionShape(**shape))).session_id
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    running = RunningServer()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def start_server() -> Iterator[Callable[..., RunningServer]]:
+    started: list[RunningServer] = []
+
+    def start(**config: Any) -> RunningServer:
+        started.append(RunningServer(**config))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
+def stock(server: RunningServer) -> Iterator[StockClient]:
+    client = StockClient(server.target)
+    yield client
+    client.channel.close()
+
+
+@pytest.fixture
+def connect_stock() -> Iterator[Callable[[RunningServer], StockClient]]:
+    clients: list[StockClient] = []
+
+    def connect(server: RunningServer) -> StockClient:
+        clients.append(StockClient(server.target))
+        return clients[-1]
+
+    yield connect
+    for client in clients:
+        client.channel.close()
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[Client]:
+    with Client(server.target, retry=RetryPolicy(attempts=3, first_delay=0.01)) as connected:
+        yield connected
+
+
+@pytest.fixture
+def qkv() -> Callable[..., dict[str, np.ndarray]]:
+    def make(
+        tokens: int = 1, q_heads: int = 4, kv_heads: int = 2, head_dim: int = 16, dtype: str = "float32", seed: int = 0
+    ) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng([seed, tokens])
+        return {
+            name: rng.standard_normal((tokens, heads, head_dim)).astype(wire.DTYPES[dtype])
+            for name, heads in (("q", q_heads), ("k", kv_heads), ("v", kv_heads))
+        }
+
+    return make
+
+
+@pytest.fixture
+def step_request() -> Callable[..., pb.StepRequest]:
+    """A StepRequest of arrays, its payload in the message as protobuf has it."""
+
+    def make(
+        session_id: str, arrays: dict[str, np.ndarray], *, layer: int = 0, position: int = 0, request_id: str = "r"
+    ) -> pb.StepRequest:
+        descriptors, pieces = wire.describe(arrays)
+        return pb.StepRequest(
+            session_id=session_id,
+            layer=layer,
+            position=position,
+            request_id=request_id,
+            tensors=descriptors,
+            payload=b"".join(pieces),
+        )
+
+    return make
