@@ -353,7 +353,7 @@ class Session:
             raise ValueError(f"{', '.join(tokens)} must have the same number of tokens, got {tokens}")
         q = arrays.get("q")
         out = None if q is None else np.empty(q.shape, q.dtype)
-        pieces = self._cut(arrays, options)
+        pieces = self._pieces(arrays, options)
         if len(pieces) > 1 and len(arrays) == 1:
             raise ValueError(f"q must fit a message of {self._max_payload} bytes, got {arrays['q'].nbytes} bytes")
         for piece in pieces:
@@ -362,8 +362,7 @@ class Session:
                 out[piece] = answer["out"]
         return None if out is None else like(tensors["q"], out)
 
-    def _cut(self, arrays: dict[str, NDArray[Any]], options: _Options) -> list[slice]:
-        """Cut the tokens into as few messages as the server's limit allows, of equal size within one token."""
+    def _pieces(self, arrays: dict[str, NDArray[Any]], options: _Options) -> list[slice]:
         tokens = len(next(iter(arrays.values())))
         if not tokens:
             return []
@@ -371,8 +370,7 @@ class Session:
         room = self._max_payload - sum(array.nbytes for array in options.arrays.values())
         if token_bytes > room:
             raise ValueError(f"a token has {token_bytes} bytes; the server takes {room} in one message")
-        pieces = -(-tokens // (room // max(token_bytes, 1)))
-        return [slice(tokens * i // pieces, tokens * (i + 1) // pieces) for i in range(pieces)]
+        return cut(tokens, token_bytes, room)
 
     def _exchange(
         self, layer: int, arrays: dict[str, NDArray[Any]], options: _Options, timeout: float | None
@@ -418,6 +416,21 @@ class Session:
             if _digest(head, payload) == digest:
                 return request_id
         return secrets.token_hex(8)
+
+
+def cut(tokens: int, token_bytes: int, room: int) -> list[slice]:
+    """Cut tokens into as few pieces as fit a message each.
+
+    The pieces are of equal size within one token: a small remainder would be computed by the kernel for few queries,
+    whose last bits differ from a prefill's.
+
+    Args:
+        tokens: How many there are, at least 1.
+        token_bytes: Bytes of each.
+        room: Bytes of a message, at least those of a token.
+    """
+    pieces = -(-tokens // (room // max(token_bytes, 1)))
+    return [slice(tokens * i // pieces, tokens * (i + 1) // pieces) for i in range(pieces)]
 
 
 @dataclass(frozen=True, eq=False)

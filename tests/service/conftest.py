@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ class RunningServer:
         self.server = self.on_loop(self._make({"listen": ["127.0.0.1:0"], "grace": 2.0, **config}))
         self.target = self.server.addresses[0]
         self.submitted: list[Any] = []  # every step that was queued
-        self.stopped = False
+        self.stopping: concurrent.futures.Future[None] | None = None
         submit = self.engine.submit
 
         def record(step: Any, writer: object) -> None:
@@ -81,10 +82,14 @@ class RunningServer:
         """Return when so many steps wait or run."""
         self.wait_until(lambda: self.engine.steps == steps)
 
+    def begin_stop(self) -> concurrent.futures.Future[None]:
+        self.stopping = asyncio.run_coroutine_threadsafe(self.server.stop(), self._loop)
+        return self.stopping
+
     def stop(self) -> None:
-        if not self.stopped:
-            self.stopped = True
-            self.on_loop(self.server.stop())
+        """Stop the server, which may have begun to, and end its thread."""
+        if self._thread.is_alive():
+            (self.stopping or self.begin_stop()).result(timeout=30)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -110,15 +115,7 @@ def _serialize(message: Message) -> bytes:
     return message.SerializeToString()
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    running = RunningServer()
-    yield running
-    running.stop()
-
-
-@pytest.fixture
-def start_server() -> Iterator[Callable[..., RunningServer]]:
+def _servers() -> Iterator[Callable[..., RunningServer]]:
     started: list[RunningServer] = []
 
     def start(**config: Any) -> RunningServer:
@@ -128,6 +125,15 @@ def start_server() -> Iterator[Callable[..., RunningServer]]:
     yield start
     for running in started:
         running.stop()
+
+
+start_server = pytest.fixture(_servers, name="start_server")
+start_module_server = pytest.fixture(_servers, scope="module", name="start_module_server")
+
+
+@pytest.fixture(scope="module")
+def server(start_module_server: Callable[..., RunningServer]) -> RunningServer:
+    return start_module_server()
 
 
 @pytest.fixture(scope="module")

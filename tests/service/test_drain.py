@@ -1,0 +1,106 @@
+"""A stop that loses nothing: what runs is answered, what is new is refused by name, and the process ends well."""
+
+from __future__ import annotations
+
+import queue
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from numbaflash_service import Client, RetryPolicy
+from numbaflash_service.errors import DrainingError, from_call
+from numbaflash_service.v1 import attention_pb2 as pb
+
+
+def test_a_stopping_server_answers_what_it_has_and_refuses_what_is_new(
+    start_server: Any, connect_stock: Any, qkv: Callable[..., Any], step_request: Any
+) -> None:
+    server = start_server(grace=20.0)
+    stock = connect_stock(server)
+    session_id, streamed = stock.new_session(), stock.new_session()
+    shape = pb.SessionShape(num_layers=1, num_kv_heads=1, head_dim=8, capacity=8)
+    requests: queue.SimpleQueue = queue.SimpleQueue()
+    stream = stock.Attend(iter(requests.get, None))
+    with server.engine_held():
+        call = stock.Decode.future(step_request(session_id, qkv(1)))
+        server.wait_for_queue(1)
+        requests.put(step_request(streamed, qkv(1)))
+        server.wait_for_queue(2)
+        stopping = server.begin_stop()
+        server.wait_until(lambda: server.server._servicer._draining)
+        for refused, request in (
+            (stock.Decode, step_request(session_id, qkv(1), position=1)),
+            (stock.CreateSession, pb.CreateSessionRequest(shape=shape)),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                refused(request)
+            assert isinstance(from_call(caught.value), DrainingError)
+        health = health_pb2_grpc.HealthStub(stock.channel)
+        assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert call.result(timeout=20).position == 1
+    assert next(stream).position == 1
+    with pytest.raises(grpc.RpcError) as caught:
+        next(stream)
+    assert from_call(caught.value).reason == "DRAINING"
+    stopping.result(timeout=20)
+
+
+def test_a_stop_does_not_wait_for_an_idle_stream(
+    start_server: Any, connect_stock: Any, qkv: Any, step_request: Any
+) -> None:
+    server = start_server(grace=60.0)
+    stock = connect_stock(server)
+    requests: queue.SimpleQueue = queue.SimpleQueue()
+    stream = stock.Attend(iter(requests.get, None))
+    requests.put(step_request(stock.new_session(), qkv(1)))
+    assert next(stream).position == 1
+    server.stop()
+    with pytest.raises(grpc.RpcError) as caught:
+        next(stream)
+    assert from_call(caught.value).reason == "DRAINING"
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
+    processes = []
+
+    def start(*flags: str) -> tuple[subprocess.Popen[str], str]:
+        command = [sys.executable, "-c", "from numbaflash_service.cli import main; main()", "serve", *flags]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        processes.append(process)
+        line = process.stdout.readline()
+        ready = re.fullmatch(r"numbaflash serves on (\S+)\n", line)
+        assert ready, line + process.stderr.read()
+        return process, ready[1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_process_ends_well_on_a_signal(serve: Any, qkv: Any, number: signal.Signals) -> None:
+    process, target = serve("--listen", "127.0.0.1:0")
+    client = Client(target, retry=RetryPolicy(attempts=1))
+    session = client.create_session(1, 2, 16, capacity=64)
+    session.step(0, **qkv(1))
+    process.send_signal(number)
+    assert process.wait(timeout=20) == 0
+    assert "Traceback" not in process.stderr.read()
+    client.close()  # which finds nobody, and says nothing
+
+
+def test_a_port_that_is_taken_is_an_error_in_one_line(serve: Any) -> None:
+    _, target = serve("--listen", "127.0.0.1:0")
+    command = [sys.executable, "-c", "from numbaflash_service.cli import main; main()", "serve", "--listen", target]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert second.returncode == 1
+    assert f"cannot listen on {target}" in second.stderr
+    assert "Traceback" not in second.stderr

@@ -1,0 +1,49 @@
+"""The standard services beside ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from numbaflash_service.v1 import attention_pb2 as pb
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize("service", ["", "numbaflash.v1.Attention"])
+def test_the_server_says_that_it_serves(stock: Any, service: str) -> None:
+    health = health_pb2_grpc.HealthStub(stock.channel)
+    assert health.Check(health_pb2.HealthCheckRequest(service=service)).status == SERVING
+
+
+def test_health_is_answered_while_the_engine_is_busy(server: Any, stock: Any) -> None:
+    health = health_pb2_grpc.HealthStub(stock.channel)
+    with server.engine_held():
+        assert health.Check(health_pb2.HealthCheckRequest(), timeout=5).status == SERVING
+
+
+def test_reflection_tells_the_whole_service(stock: Any) -> None:
+    pool = DescriptorPool(ProtoReflectionDescriptorDatabase(stock.channel))
+    service = pool.FindServiceByName("numbaflash.v1.Attention")
+    assert [method.name for method in service.methods] == [
+        method.name for method in pb.DESCRIPTOR.services_by_name["Attention"].methods
+    ]
+    fields = pool.FindMessageTypeByName("numbaflash.v1.StepRequest").fields
+    assert [field.name for field in fields] == [field.name for field in pb.StepRequest.DESCRIPTOR.fields]
+
+
+def test_reflection_can_be_switched_off(start_server: Any, connect_stock: Any) -> None:
+    stock = connect_stock(start_server(reflection=False))
+    pool = DescriptorPool(ProtoReflectionDescriptorDatabase(stock.channel))
+    with pytest.raises((KeyError, grpc.RpcError)):
+        pool.FindServiceByName("numbaflash.v1.Attention")
+
+
+def test_a_unix_socket_serves_too(start_server: Any, connect_stock: Any, tmp_path: Any) -> None:
+    server = start_server(listen=[f"unix:{tmp_path}/socket"])
+    assert server.target == f"unix:{tmp_path}/socket"
+    assert connect_stock(server).GetInfo(pb.GetInfoRequest()).backend == "cpu"
