@@ -154,38 +154,54 @@ def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def _exact(name: str, operands: list[Array]) -> tuple[Array, Array]:
-    """The float64 result of an operation to nearest, and a number with the sign of exact minus result."""
+    """The float64 result of an operation to nearest, and a number with the sign of exact minus result.
+
+    The residual is computed on operands scaled to exponents around 0, where nothing of it underflows.
+    """
     a = operands[0]
+    fraction, exponent = np.frexp(a)
     match name:
         case "add":
             return _two_sum(a, operands[1])
         case "mul":
-            product = a * operands[1]
-            return product, fma(a, operands[1], -product)
+            factor, shift = np.frexp(operands[1])
+            result = a * operands[1]
+            return result, fma(fraction, factor, -np.ldexp(result, -(exponent + shift)))
         case "fma":
-            b, c = operands[1:]
-            result = fma(a, b, c)
-            product = a * b
-            total, low = _two_sum(product, c)
-            rest, last = _two_sum(low, fma(a, b, -product))
-            residual = (total - result) + rest
-            return result, np.where(residual == 0, last, residual)
+            return _exact_fma(*operands)
         case "div":
-            quotient = a / operands[1]
-            return quotient, fma(-quotient, operands[1], a) * np.sign(operands[1])
+            divisor, shift = np.frexp(operands[1])
+            result = a / operands[1]
+            return result, fma(-np.ldexp(result, shift - exponent), divisor, fraction) * np.sign(divisor)
         case "sqrt":
-            root = np.sqrt(a)
-            return root, fma(-root, root, a)
+            odd = exponent & 1
+            result = np.sqrt(a)
+            root = np.ldexp(result, -((exponent - odd) >> 1))
+            return result, fma(-root, root, np.ldexp(fraction, odd))
     raise AssertionError(name)
 
 
-def _directed(result: Array, residual: Array, operands: list[Array], mode: str) -> Array:
-    """Moves the nearest float64 to the neighbour that a directed mode wants."""
-    overflow = np.isinf(result) & np.logical_and.reduce([np.isfinite(x) for x in operands])
+def _exact_fma(a: Array, b: Array, c: Array) -> tuple[Array, Array]:
+    result = fma(a, b, c)
+    (x, x_exponent), (y, y_exponent), (z, z_exponent) = np.frexp(a), np.frexp(b), np.frexp(c)
+    product_exponent = x_exponent + y_exponent
+    top = np.where(c == 0, product_exponent, np.where((a == 0) | (b == 0), z_exponent, 0))
+    top = np.where((c != 0) & (a != 0) & (b != 0), np.maximum(product_exponent, z_exponent), top)
+    # what lies 300 bits below decides by its sign alone
+    x = np.ldexp(x, np.maximum(product_exponent - top, -300))
+    z = np.ldexp(z, np.maximum(z_exponent - top, -300))
+    product = x * y
+    total, low = _two_sum(product, z)
+    rest, last = _two_sum(low, fma(x, y, -product))
+    residual = (total - np.ldexp(result, -top)) + rest
+    return result, np.where(residual == 0, last, residual)
+
+
+def _directed(result: Array, residual: Array, overflow: Array, mode: str) -> Array:
+    """Moves the nearest float64 to the neighbour that a directed mode wants; `overflow` marks infinities that are none."""
     residual = np.where(overflow, -result, residual)
-    positive = result > 0
-    down = (residual < 0) & (positive if mode == "rz" else mode == "rm")
-    up = (residual > 0) & (~positive if mode == "rz" else mode == "rp")
+    down = (residual < 0) & (result > 0 if mode == "rz" else mode == "rm")
+    up = (residual > 0) & (result < 0 if mode == "rz" else mode == "rp")
     return np.where(down, np.nextafter(result, -np.inf), np.where(up, np.nextafter(result, np.inf), result))
 
 
@@ -193,12 +209,15 @@ def _rounded(name: str, operands: list[Array], kind: str, mode: str) -> Array:
     """An operation in float64, rounded once to a format; float64 values out."""
     wide = [np.atleast_1d(x.astype("f8")) for x in operands]
     result, residual = _exact(name, wide)
+    residual = np.where(np.isnan(residual), 0.0, residual)  # an operand or the result is not finite
     if mode == "rm" and name in ("fma", "add"):  # an exact zero sum is -0 there
         left = wide[0] * wide[1] if name == "fma" else wide[0]
         opposite = np.signbit(left) != np.signbit(wide[-1])
         result = np.where((result == 0) & opposite, -0.0, result)
     if kind == "f64":
-        return result if mode == "rn" else _directed(result, residual, wide, mode)
+        finite = np.logical_and.reduce([np.isfinite(x) for x in wide])
+        overflow = np.isinf(result) & finite & (wide[-1] != 0 if name == "div" else True)
+        return result if mode == "rn" else _directed(result, residual, overflow, mode)
     return round_to(_to_odd(result, residual), kind, mode)
 
 
@@ -341,7 +360,7 @@ def from_integer(a: Array, kind: str, mode: str) -> Array:
         low = (a & np.array(0xFFFFFFFF, a.dtype)).astype("f8")
         exact, error = _two_sum(high, low)
     if kind == "f64":
-        return exact if mode == "rn" else _directed(exact, error, [exact], mode)
+        return exact if mode == "rn" else _directed(exact, error, np.isinf(exact), mode)
     return round_to(_to_odd(exact, error), kind, mode).astype(out)
 
 

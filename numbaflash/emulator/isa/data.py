@@ -122,8 +122,8 @@ def select_by_sign(e: Emit) -> None:
 @op("prmt")
 def permute(e: Emit) -> None:
     """prmt: byte permutation."""
-    e.type("b32")
     mode = e.one_of("f4e", "b4e", "rc8", "ecl", "ecr", "rc16", default="default")
+    e.type("b32")
     e.finish(4)
     a, b, selector = (e.source(x, "u32") for x in e.operands[1:])
     e.result(e.operands[0], f"permute({a}, {b}, {selector}, {mode!r})", "b32")
