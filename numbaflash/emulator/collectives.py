@@ -110,7 +110,7 @@ def reduce(g: Group, name: str, a: Array, mask: Array, fail: Fail) -> Array:
     info = np.iinfo(value.dtype)
     neutral = {"min": info.max, "max": info.min, "and": -1 if info.min else info.max}.get(name, 0)
     filled = np.where(here, value, value.dtype.type(neutral))
-    return g.gather(_REDUCE[name].reduce(filled, axis=2))
+    return g.gather(_REDUCE[name].reduce(filled, axis=2, dtype=value.dtype))
 
 
 def elect(g: Group, mask: Array, fail: Fail) -> tuple[Array, Array]:
