@@ -13,11 +13,11 @@ from ..problem import MAX_HEAD_DIM
 from .emit import FLOAT32
 from .functions import LOG2E, exp2, tanh
 from .jit import kernel, native
-from .kv import TILE_KEYS, run_end, run_field, runs_end, skip_runs
+from .kv import TILE_KEYS, key_at, run_end, run_field, runs_end, skip_runs, value_at
 from .micro import ROWS_PER_SCORE, score_keys, weigh_values
 from .panel import VECTOR_BYTES, add_bias, is_finite, normalize, query_factor, query_position
 from .rows import clear, narrow_row, padded, widen_row
-from .runs import K_ADDRESS, K_HEAD_STRIDE, K_TOKEN_STRIDE, START, V_ADDRESS, V_HEAD_STRIDE, V_TOKEN_STRIDE
+from .runs import K_TOKEN_STRIDE, START, V_TOKEN_STRIDE
 from .task import NO_BIAS, report_item, take_item, task_at
 from .vector import (
     LANES,
@@ -165,24 +165,6 @@ def load_query_rows(task, sequence, kv_head, row, rows, all_rows, queries, key_r
         for at in range(to, to + key_row, VECTOR_BYTES):
             store(at, mul(load(at), factor))
     clear(queries + rows * key_row, (all_rows - rows) * key_row)
-
-
-@native
-def token_at(task, run, kv_head, position, address, token_stride, head_stride):
-    """Address of a key or a value, by the columns of the run table that tell it."""
-    inside = position - run_field(task, run, START)
-    at = run_field(task, run, address) + kv_head * run_field(task, run, head_stride)
-    return at + inside * run_field(task, run, token_stride)
-
-
-@native
-def key_at(task, run, kv_head, position):
-    return token_at(task, run, kv_head, position, K_ADDRESS, K_TOKEN_STRIDE, K_HEAD_STRIDE)
-
-
-@native
-def value_at(task, run, kv_head, position):
-    return token_at(task, run, kv_head, position, V_ADDRESS, V_TOKEN_STRIDE, V_HEAD_STRIDE)
 
 
 @native

@@ -11,7 +11,6 @@ import math
 
 import numpy as np
 
-from .emit import FLOAT32
 from .functions import LN2, LOG2E, exp2, tanh
 from .jit import native
 from .micro import (
@@ -72,7 +71,6 @@ def query_position(task, sequence, row):
 def load_queries(task, sequence, kv_head, row, rows, vectors, panel, staging):
     """Write Q^T (head_dim x lanes) of `rows` rows from `row` on, times the factor that makes scores of base 2."""
     dim, dim_row = task.head_dim, 4 * padded(task.head_dim)
-    size = 4 if task.q_dtype == FLOAT32 else 2
     for r in range(vectors * LANES):
         at = staging + r * dim_row
         if r < rows:
@@ -188,12 +186,11 @@ def softmax_panel(vectors, count, scores, maxima, sums, factors):
     forbidden, zero = splat(NEG_INF), splat(np.float32(0))
     for lane in range(0, lanes_row, VECTOR_BYTES):
         old = load(maxima + lane)
-        new = old
-        for at in range(scores + lane, scores + lane + count * lanes_row, lanes_row):
-            new = maximum(new, load(at))
+        start, end = scores + lane, scores + lane + count * lanes_row
+        new = column_maximum(start, end, lanes_row, old)
         base = where(equal(new, forbidden), zero, new)
         total = zero
-        for at in range(scores + lane, scores + lane + count * lanes_row, lanes_row):
+        for at in range(start, end, lanes_row):
             p = exp2(sub(load(at), base))
             store(at, p)
             total = add(total, p)
@@ -201,6 +198,23 @@ def softmax_panel(vectors, count, scores, maxima, sums, factors):
         store(factors + lane, factor)
         store(maxima + lane, new)
         store(sums + lane, fma(load(sums + lane), factor, total))
+
+
+@native
+def column_maximum(start, end, stride, old):
+    """The maximum of `old` and the vectors from `start` to `end`, by four chains to hide the latency of each step."""
+    a = b = c = d = old
+    at = start
+    while at + 3 * stride < end:
+        a = maximum(a, load(at))
+        b = maximum(b, load(at + stride))
+        c = maximum(c, load(at + 2 * stride))
+        d = maximum(d, load(at + 3 * stride))
+        at += 4 * stride
+    while at < end:
+        a = maximum(a, load(at))
+        at += stride
+    return maximum(maximum(a, b), maximum(c, d))
 
 
 @native
@@ -233,7 +247,6 @@ def finish_panel(task, sequence, kv_head, row, rows, vectors, out, maxima, sums,
     """Divide O by l, let the sink logit join, and write the rows' outputs and log-sum-exps."""
     dim, dim_row = task.value_dim, 4 * padded(task.value_dim)
     lanes_row = vectors * VECTOR_BYTES
-    size = 4 if task.q_dtype == FLOAT32 else 2
     for v in range(vectors):
         for d in range(0, padded(dim), LANES):
             transpose_block(

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..problem import MAX_HEAD_DIM
 from .jit import kernel, native
-from .kv import TILE_KEYS, load_tile, runs_end, skip_runs
+from .kv import TILE_KEYS, load_tile, prefetch_tile, runs_end, skip_runs
 from .micro import PANEL_VECTORS, TILE_ROWS
 from .panel import (
     PANEL_ROWS,
@@ -36,7 +36,7 @@ __all__ = ["MAX_ITEM_ROWS", "PREFILL_SCRATCH", "prefill"]
 
 # Rows of a work item: the more, the fewer times K and V are read and widened. With 192, Q^T and O^T of head_dim 128 take
 # 192 KiB, well inside the L2 cache.
-MAX_ITEM_ROWS = 192
+MAX_ITEM_ROWS = 768
 
 # Where things lie in a thread's scratch memory.
 _PANEL_BYTES = 4 * PANEL_ROWS
@@ -86,15 +86,18 @@ def attend_rows(task, sequence, kv_head, row, rows, scratch, exact):
     begin = max(query_position(task, sequence, row) - left, 0) // TILE_KEYS * TILE_KEYS
     end = min(query_position(task, sequence, row + rows - 1) + right + 1, runs_end(task, sequence))
     run = load_int(task.bounds + 8 * sequence)
+    panels = (rows + PANEL_ROWS - 1) // PANEL_ROWS
     position = 0 if sinks > 0 else begin
     while position < end:
+        following = position + TILE_KEYS
+        if following >= sinks:
+            following = max(following, begin)
         run = skip_runs(task, sequence, run, position)
         tile = load_tile(task, sequence, kv_head, run, position, scratch + _KEYS, scratch + _VALUES, scratch + _EXISTS)
         for r in range(0, rows, PANEL_ROWS):
             attend_tile(task, sequence, kv_head, row, rows, r, position, tile, scratch, exact)
-        position += TILE_KEYS
-        if position >= sinks and position < begin:
-            position = begin
+            prefetch_tile(task, sequence, kv_head, run, following, r // PANEL_ROWS, panels)
+        position = following
 
     if not exact:
         for r in range(0, rows, PANEL_ROWS):
@@ -150,7 +153,8 @@ def load_panel(task, sequence, kv_head, row, rows, r, scratch):
 @native
 def attend_tile(task, sequence, kv_head, row, rows, r, position, tile, scratch, exact):
     """Let the panel at row r of an item attend to the K/V tile at `position`."""
-    keys, key_row, values, value_row, first, last, missing = tile
+    first, last, missing = tile
+    key_row, value_row = 4 * padded(task.head_dim), 4 * padded(task.value_dim)
     row, vectors, rows = row + r, panel_vectors(rows, r), min(rows - r, PANEL_ROWS)
     first_row = query_position(task, sequence, row) - position
     last_row = query_position(task, sequence, row + rows - 1) - position
@@ -162,7 +166,7 @@ def attend_tile(task, sequence, kv_head, row, rows, r, position, tile, scratch, 
     if count <= 0:
         return
     scores = scratch + _SCORES
-    keys, values = keys + low * key_row, values + low * value_row
+    keys, values = scratch + _KEYS + low * key_row, scratch + _VALUES + low * value_row
     score_panel(task, vectors, scratch + _QUERIES + 4 * r * MAX_HEAD_DIM, keys, key_row, count, scores)
     if task.softcap != 0 or task.alibi_slopes != 0 or task.bias_dtype != NO_BIAS:
         apply_scoring(task, sequence, kv_head, row, rows, vectors, position + low, count, scores, scratch + _LANES)
