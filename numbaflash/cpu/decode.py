@@ -11,13 +11,15 @@ import numpy as np
 
 from ..problem import MAX_HEAD_DIM
 from .emit import FLOAT32
-from .functions import LOG2E, exp2, tanh
+from .functions import LOG2E, exp2
 from .jit import kernel, native
 from .kv import TILE_KEYS, key_at, run_end, run_field, runs_end, skip_runs, value_at
 from .micro import ROWS_PER_SCORE, score_keys, weigh_values
-from .panel import VECTOR_BYTES, add_bias, is_finite, normalize, query_factor, query_position
-from .rows import clear, narrow_row, padded, widen_row
+from .panel import is_finite, lse_at, out_at, query_at, query_factor, query_head, query_position
+from .rows import VECTOR_BYTES, clear, narrow_row, padded, widen_row
 from .runs import K_TOKEN_STRIDE, START, V_TOKEN_STRIDE
+from .scoring import NEG_INF, add_bias, bias_at, cap_scores
+from .softmax import normalize_row
 from .task import NO_BIAS, report_item, take_item, task_at
 from .vector import (
     LANES,
@@ -39,7 +41,7 @@ from .vector import (
     sub,
 )
 
-__all__ = ["DECODE_SCRATCH", "MAX_DECODE_ROWS", "decode", "plan_decode"]
+__all__ = ["DECODE_SCRATCH", "decode", "partial_bytes", "plan_decode"]
 
 # Keys of a split: enough that merging costs nothing beside reading them, few enough that one KV head of a 4096 token
 # sequence still makes 8 items.
@@ -158,10 +160,8 @@ def attend_split(task, sequence, kv_head, row, rows, split, scratch):
 def load_query_rows(task, sequence, kv_head, row, rows, all_rows, queries, key_row):
     factor = splat(query_factor(task))
     for r in range(rows):
-        token, head = (row + r) // task.group, kv_head * task.group + (row + r) % task.group
-        source = task.q + sequence * task.q_batch + token * task.q_token + head * task.q_head
         to = queries + r * key_row
-        widen_row(to, source, task.head_dim, task.q_dtype)
+        widen_row(to, query_at(task, sequence, kv_head, row + r), task.head_dim, task.q_dtype)
         for at in range(to, to + key_row, VECTOR_BYTES):
             store(at, mul(load(at), factor))
     clear(queries + rows * key_row, (all_rows - rows) * key_row)
@@ -213,27 +213,23 @@ def forbid(scores, rows, low, high):
     """Set scores to -inf."""
     for r in range(rows):
         for n in range(low, high):
-            store_float(scores + r * _SCORE_ROW + 4 * n, -np.float32(np.inf))
+            store_float(scores + r * _SCORE_ROW + 4 * n, NEG_INF)
 
 
 @native
 def score_options(task, sequence, kv_head, row, begin, count, scores):
     """Softcap, ALiBi and bias on a row's scores of `count` positions from `begin` on."""
     if task.softcap != 0:
-        cap = splat(task.softcap * LOG2E)
-        for at in range(scores, scores + 4 * count, VECTOR_BYTES):
-            store(at, mul(cap, tanh(load(at))))
-    token, head = row // task.group, kv_head * task.group + row % task.group
+        cap_scores(task, scores, scores + 4 * count)
     if task.alibi_slopes != 0:
-        slope = load_float(task.alibi_slopes + 4 * (sequence * task.q_heads + head))
-        slopes = splat(-slope * LOG2E)
+        head = sequence * task.q_heads + query_head(task, kv_head, row)
+        slopes = splat(-load_float(task.alibi_slopes + 4 * head) * LOG2E)
         distances = sub(splat(np.float32(query_position(task, sequence, row) - begin)), lane_numbers())
         for at in range(scores, scores + 4 * count, VECTOR_BYTES):
             store(at, fma(slopes, absolute(distances), load(at)))
             distances = sub(distances, splat(np.float32(LANES)))
     if task.bias_dtype != NO_BIAS:
-        bias = task.bias + sequence * task.bias_batch + head * task.bias_head + token * task.bias_row
-        add_bias(task, bias + begin * task.bias_key, count, scores, 4)
+        add_bias(task, bias_at(task, sequence, kv_head, row, begin), count, scores, 4)
 
 
 @native
@@ -254,7 +250,7 @@ def softmax_row(scores, count):
     for at in range(scores, scores + 4 * count, VECTOR_BYTES):
         top = maximum(top, load(at))
     m = horizontal_max(top)
-    base = splat(np.float32(0) if m == -np.float32(np.inf) else m)
+    base = splat(np.float32(0) if m == NEG_INF else m)
     total = splat(np.float32(0))
     for at in range(scores, scores + 4 * count, VECTOR_BYTES):
         weight = exp2(sub(load(at), base))
@@ -304,11 +300,16 @@ def weigh_split(task, sequence, kv_head, rows, begin, count, scratch, exact):
         run += 1
 
 
+def partial_bytes(value_dim: int) -> int:
+    """Bytes that one row of one split leaves in the workspace: O, m and l."""
+    return 4 * (-(-value_dim // LANES) * LANES) + 8
+
+
 @native
 def partial_at(task, unit, split):
     """Address of what one split of one unit left: O row by row, then the rows' m, then their l."""
     row_bytes = 4 * padded(task.value_dim) + 8
-    return task.partials + (unit * task.splits + split) * task.rows_per_item * row_bytes
+    return task.workspace + (unit * task.splits + split) * task.rows_per_item * row_bytes
 
 
 @native
@@ -328,10 +329,10 @@ def merge_splits(task, unit, splits, rows, scratch):
     """O, m and l over all splits, in scratch memory: each split counts 2^(its m - the largest m)."""
     out_row = 4 * padded(task.value_dim)
     for r in range(rows):
-        top = -np.float32(np.inf)
+        top = NEG_INF
         for split in range(splits):
             top = max(top, load_float(partial_at(task, unit, split) + rows * out_row + 4 * r))
-        base = np.float32(0) if top == -np.float32(np.inf) else top
+        base = np.float32(0) if top == NEG_INF else top
         out = scratch + _OUT + r * out_row
         clear(out, out_row)
         total = np.float32(0)
@@ -351,9 +352,8 @@ def write_rows(task, sequence, kv_head, row, rows, scratch):
     """Divide O by l, let the sink logit join, and write the rows' outputs and log-sum-exps."""
     out_row = 4 * padded(task.value_dim)
     for r in range(rows):
-        token, head = (row + r) // task.group, kv_head * task.group + (row + r) % task.group
         m, total = load_float(scratch + _MAXIMA + 4 * r), load_float(scratch + _SUMS + 4 * r)
-        factor, log_sum = normalize(task, head, m, total)
-        to = task.out + sequence * task.out_batch + token * task.out_token + head * task.out_head
+        factor, log_sum = normalize_row(task, query_head(task, kv_head, row + r), m, total)
+        to = out_at(task, sequence, kv_head, row + r)
         narrow_row(to, scratch + _OUT + r * out_row, task.value_dim, task.q_dtype, factor)
-        store_float(task.lse + sequence * task.lse_batch + head * task.lse_head + token * task.lse_token, log_sum)
+        store_float(lse_at(task, sequence, kv_head, row + r), log_sum)

@@ -22,7 +22,7 @@ from .vector import (
     store_one_float16,
 )
 
-__all__ = ["clear", "load_element", "narrow_row", "padded", "widen_row"]
+__all__ = ["VECTOR_BYTES", "clear", "load_element", "narrow_row", "padded", "widen_row"]
 
 VECTOR_BYTES = 4 * LANES
 

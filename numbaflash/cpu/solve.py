@@ -10,18 +10,24 @@ from numpy.typing import NDArray
 
 from ..problem import BFLOAT16, FLOAT16, FLOAT32, AttentionProblem, Scoring
 from . import emit
-from .decode import DECODE_SCRATCH, decode, plan_decode
-from .panel import PANEL_ROWS
+from .decode import DECODE_SCRATCH, decode, partial_bytes, plan_decode
+from .flash_v1 import V1_SCRATCH, flash_v1
+from .kv import TILE_KEYS
+from .panel import PANEL_BYTES, PANEL_ROWS
 from .pool import run
 from .prefill import MAX_ITEM_ROWS, PREFILL_SCRATCH, prefill
-from .runs import RUN_FIELDS, UNBOUNDED, KVRuns, Visibility
-from .vector import LANES
-from .task import BOOL_BIAS, NO_BIAS, TASK
+from .runs import COUNT, RUN_FIELDS, START, UNBOUNDED, KVRuns, Visibility
+from .standard import STANDARD_SCRATCH, standard_scores, standard_softmax, standard_values
+from .task import BOOL_BIAS, NO_BIAS, make_task
 
 __all__ = ["SPLIT_KV_MAX_TOKENS", "attend_runs", "attention"]
 
 # Steps of at most that many tokens go to the split-KV decode kernel, larger ones to the prefill kernel.
 SPLIT_KV_MAX_TOKENS = 8
+
+# Less than that is done before a second thread has woken up: K and V read by decode, multiply-adds of a prefill.
+_SHARED_FROM_BYTES = 1 << 20
+_SHARED_FROM_FMAS = 1 << 22
 
 _CODES = {FLOAT32: emit.FLOAT32, FLOAT16: emit.FLOAT16, BFLOAT16: emit.BFLOAT16, np.dtype(np.bool_): BOOL_BIAS}
 
@@ -47,8 +53,8 @@ def attention(
     index = np.arange(batch)
     table[:, 0] = k.ctypes.data + index * k.strides[0]
     table[:, 1] = v.ctypes.data + index * v.strides[0]
-    table[:, 2] = 0
-    table[:, 3] = problem.kv_lengths
+    table[:, START] = 0
+    table[:, COUNT] = problem.kv_lengths
     table[:, 4:] = k.strides[1], k.strides[2], v.strides[1], v.strides[2]
     runs = KVRuns(table, np.arange(batch + 1), k.dtype, problem.kv_heads, problem.head_dim, problem.value_dim)
     visibility = Visibility(
@@ -57,13 +63,25 @@ def attention(
         right=np.full(batch, _side(problem.window_right)),
         sinks=np.zeros(batch, np.int64),
     )
-    return attend_runs(q, runs, visibility, problem.scoring)
+    call = _Call(_readable(q), runs, visibility, problem.scoring, keep_alive=(k, v))
+    if call.is_empty:
+        return call.out, call.lse
+    if algorithm == "standard":
+        call.standard()
+    elif algorithm == "v1":
+        call.flash_v1()
+    else:
+        call.flash_v2()
+    return call.out, call.lse
 
 
 def attend_runs(
     q: NDArray[Any], runs: KVRuns, visibility: Visibility, scoring: Scoring
 ) -> tuple[NDArray[Any], NDArray[np.float32]]:
     """Attend to keys and values that lie in runs.
+
+    A step of more than SPLIT_KV_MAX_TOKENS tokens gives each query row the same bits, however the sequence is cut into
+    such steps and runs.
 
     Args:
         q: (N, T, Hq, D), any strides; its dtype may differ from that of the runs.
@@ -74,47 +92,91 @@ def attend_runs(
     Returns:
         The output (N, T, Hq, Dv) in q's dtype and the natural log-sum-exp (N, Hq, T), float32.
     """
-    q = _readable(q)
-    sequences, tokens, q_heads, _ = q.shape
-    out = np.empty((sequences, tokens, q_heads, runs.value_dim), q.dtype)
-    lse = np.empty((sequences, q_heads, tokens), np.float32)
-    if out.shape[0] * tokens == 0:
-        return out, lse
-    task = _task(q, runs, visibility, scoring, out, lse)
-    references = (q, out, lse, runs, visibility, scoring)
-    if tokens <= SPLIT_KV_MAX_TOKENS:
-        _decode(task, references)
-    else:
-        _prefill(task, references)
-    return out, lse
+    call = _Call(_readable(q), runs, visibility, scoring)
+    if not call.is_empty:
+        call.flash_v2()
+    return call.out, call.lse
 
 
-def _prefill(task: NDArray[Any], references: tuple[Any, ...]) -> None:
-    record = task[0]
-    pairs = int(record["sequences"] * record["kv_heads"])
-    rows = int(record["q_tokens"] * record["group"])
-    panels = -(-rows // PANEL_ROWS)
-    # Several items a thread, so that no thread waits long for the last one.
-    per_item = min(max(pairs * panels // (4 * _threads()), 1), MAX_ITEM_ROWS // PANEL_ROWS)
-    record["rows_per_item"] = per_item * PANEL_ROWS
-    record["items"] = items = pairs * -(-panels // per_item)
-    run(prefill, task, PREFILL_SCRATCH, min(_threads(), items) - 1, references)
+class _Call:
+    """One call: its outputs, its task, and everything that the task's addresses point into."""
+
+    def __init__(
+        self,
+        q: NDArray[Any],
+        runs: KVRuns,
+        visibility: Visibility,
+        scoring: Scoring,
+        keep_alive: tuple[Any, ...] = (),
+    ) -> None:
+        sequences, tokens, q_heads, _ = q.shape
+        self.out = np.empty((sequences, tokens, q_heads, runs.value_dim), q.dtype)
+        self.lse = np.empty((sequences, q_heads, tokens), np.float32)
+        self.is_empty = self.out.size == 0
+        self._tokens = tokens
+        self._runs = runs
+        self._pairs = sequences * runs.kv_heads
+        self._panels = -(-tokens * (q_heads // runs.kv_heads) // PANEL_ROWS)
+        self._keep_alive = (q, visibility, scoring, keep_alive)
+        self._task = _describe(q, runs, visibility, scoring, self.out, self.lse)
+
+    def flash_v2(self) -> None:
+        """FlashAttention-2; by split-KV where there are few query tokens."""
+        if self._tokens <= SPLIT_KV_MAX_TOKENS:
+            self._decode()
+            return
+        # Several items a thread, so that no thread waits long for the last one.
+        per_item = min(max(self._pairs * self._panels // (4 * _threads()), 1), MAX_ITEM_ROWS // PANEL_ROWS)
+        self._task["rows_per_item"] = per_item * PANEL_ROWS
+        self._run(prefill, PREFILL_SCRATCH, self._pairs * -(-self._panels // per_item))
+
+    def _decode(self) -> None:
+        plan_decode(self._task.ctypes.data, 0)
+        items, splits = int(self._task["items"][0]), int(self._task["splits"][0])
+        if splits > 1:
+            rows = int(self._task["rows_per_item"][0])
+            self._allocate_workspace(items * rows * partial_bytes(self._runs.value_dim))
+            splits_done = np.zeros(items // splits, np.int64)
+            self._task["splits_done"] = splits_done.ctypes.data
+            self._keep_alive += (splits_done,)
+        self._run(decode, DECODE_SCRATCH, items)
+
+    def flash_v1(self) -> None:
+        """FlashAttention-1; its threads share heads alone."""
+        value_dim = -(-self._runs.value_dim // emit.LANES) * emit.LANES
+        self._allocate_workspace(self._pairs * self._panels * PANEL_BYTES * (value_dim + 2))
+        self._run(flash_v1, V1_SCRATCH, self._pairs)
+
+    def standard(self) -> None:
+        """Scores, softmax and values, one after the other."""
+        table = self._runs.table
+        keys = -(-int((table[:, START] + table[:, COUNT]).max()) // TILE_KEYS) * TILE_KEYS
+        panels = self._pairs * self._panels
+        self._allocate_workspace(panels * keys * PANEL_BYTES)
+        for kernel in (standard_scores, standard_softmax, standard_values):
+            self._run(kernel, STANDARD_SCRATCH, panels)
+
+    def _allocate_workspace(self, nbytes: int) -> None:
+        workspace = np.empty(nbytes, np.uint8)
+        self._task["workspace"] = workspace.ctypes.data
+        self._keep_alive += (workspace,)
+
+    def _run(self, kernel: Any, scratch_bytes: int, items: int) -> None:
+        self._task["next_item"] = self._task["items_done"] = 0
+        self._task["items"] = items
+        helpers = min(_threads(), items) - 1 if self._is_worth_sharing() else 0
+        references = (self.out, self.lse, self._runs, self._keep_alive)
+        run(kernel, self._task, scratch_bytes, helpers, references)
+
+    def _is_worth_sharing(self) -> bool:
+        runs = self._runs
+        elements = int(runs.table[:, COUNT].sum()) * (runs.head_dim + runs.value_dim)
+        if self._tokens <= SPLIT_KV_MAX_TOKENS and elements * runs.kv_heads * runs.dtype.itemsize > _SHARED_FROM_BYTES:
+            return True
+        return elements * self.out.shape[2] * self._tokens > _SHARED_FROM_FMAS
 
 
-def _decode(task: NDArray[Any], references: tuple[Any, ...]) -> None:
-    plan_decode(task.ctypes.data, 0)
-    record = task[0]
-    items, splits = int(record["items"]), int(record["splits"])
-    if splits > 1:
-        row_bytes = 4 * (-(-int(record["value_dim"]) // LANES) * LANES) + 8
-        partials = np.empty(items * int(record["rows_per_item"]) * row_bytes, np.uint8)
-        splits_done = np.zeros(items // splits, np.int64)
-        record["partials"], record["splits_done"] = partials.ctypes.data, splits_done.ctypes.data
-        references = (*references, partials, splits_done)
-    run(decode, task, DECODE_SCRATCH, min(_threads(), items) - 1, references)
-
-
-def _task(
+def _describe(
     q: NDArray[Any],
     runs: KVRuns,
     visibility: Visibility,
@@ -122,32 +184,51 @@ def _task(
     out: NDArray[Any],
     lse: NDArray[np.float32],
 ) -> NDArray[Any]:
-    task = np.zeros(1, TASK)
-    record = task[0]
-    record["sequences"], record["q_tokens"], record["q_heads"] = q.shape[:3]
-    record["kv_heads"], record["group"] = runs.kv_heads, q.shape[2] // runs.kv_heads
-    record["head_dim"], record["value_dim"] = runs.head_dim, runs.value_dim
-    record["q"], record["q_dtype"] = q.ctypes.data, _CODES[q.dtype]
-    record["q_batch"], record["q_token"], record["q_head"] = q.strides[:3]
-    record["out"] = out.ctypes.data
-    record["out_batch"], record["out_token"], record["out_head"] = out.strides[:3]
-    record["lse"] = lse.ctypes.data
-    record["lse_batch"], record["lse_head"], record["lse_token"] = lse.strides
-    record["runs"], record["bounds"] = runs.table.ctypes.data, runs.bounds.ctypes.data
-    record["kv_dtype"] = _CODES[runs.dtype]
-    record["q_start"], record["left"] = visibility.q_start.ctypes.data, visibility.left.ctypes.data
-    record["right"], record["sinks"] = visibility.right.ctypes.data, visibility.sinks.ctypes.data
-    record["scale"], record["softcap"] = scoring.scale, scoring.softcap
-    if scoring.alibi_slopes is not None:
-        record["alibi_slopes"] = scoring.alibi_slopes.ctypes.data
-    if scoring.sink_logits is not None:
-        record["sink_logits"] = scoring.sink_logits.ctypes.data
-    record["bias_dtype"] = NO_BIAS
+    """The task, but for its items."""
+    sequences, tokens, q_heads, _ = q.shape
+    q_batch, q_token, q_head, _ = q.strides
+    out_batch, out_token, out_head, _ = out.strides
+    lse_batch, lse_head, lse_token = lse.strides
+    options = {"bias_dtype": NO_BIAS}
     if scoring.bias is not None:
-        bias = scoring.bias
-        record["bias"], record["bias_dtype"] = bias.ctypes.data, _CODES[bias.dtype]
-        record["bias_batch"], record["bias_head"], record["bias_row"], record["bias_key"] = bias.strides
-    return task
+        strides = dict(zip(("bias_batch", "bias_head", "bias_row", "bias_key"), scoring.bias.strides, strict=True))
+        options = {"bias": scoring.bias.ctypes.data, "bias_dtype": _CODES[scoring.bias.dtype], **strides}
+    if scoring.alibi_slopes is not None:
+        options["alibi_slopes"] = scoring.alibi_slopes.ctypes.data
+    if scoring.sink_logits is not None:
+        options["sink_logits"] = scoring.sink_logits.ctypes.data
+    return make_task(
+        sequences=sequences,
+        q_tokens=tokens,
+        q_heads=q_heads,
+        kv_heads=runs.kv_heads,
+        group=q_heads // runs.kv_heads,
+        head_dim=runs.head_dim,
+        value_dim=runs.value_dim,
+        q=q.ctypes.data,
+        q_batch=q_batch,
+        q_token=q_token,
+        q_head=q_head,
+        q_dtype=_CODES[q.dtype],
+        out=out.ctypes.data,
+        out_batch=out_batch,
+        out_token=out_token,
+        out_head=out_head,
+        lse=lse.ctypes.data,
+        lse_batch=lse_batch,
+        lse_head=lse_head,
+        lse_token=lse_token,
+        runs=runs.table.ctypes.data,
+        bounds=runs.bounds.ctypes.data,
+        kv_dtype=_CODES[runs.dtype],
+        q_start=visibility.q_start.ctypes.data,
+        left=visibility.left.ctypes.data,
+        right=visibility.right.ctypes.data,
+        sinks=visibility.sinks.ctypes.data,
+        scale=scoring.scale,
+        softcap=scoring.softcap,
+        **options,
+    )
 
 
 def _threads() -> int:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import numpy as np
 from numba import from_dtype, types
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
 from .jit import native
 from .vector import atomic_add
 
-__all__ = ["BOOL_BIAS", "ITEMS_DONE", "NO_BIAS", "TASK", "report_item", "take_item", "task_at"]
+__all__ = ["BOOL_BIAS", "ITEMS_DONE", "NO_BIAS", "TASK", "make_task", "report_item", "take_item", "task_at"]
 
 # What bias_dtype says beside the codes of the dtypes.
 BOOL_BIAS = 3
@@ -30,14 +32,23 @@ _INTEGERS = (
     # Scoring.
     *("alibi_slopes", "sink_logits"),
     *("bias", "bias_batch", "bias_head", "bias_row", "bias_key", "bias_dtype"),
-    # Decode's results by split, and how many splits of each group are done.
-    *("partials", "splits_done"),
+    # What an algorithm keeps between items, in its own layout; and, in decode, how many splits of a unit are done.
+    *("workspace", "splits_done"),
 )
 TASK = np.dtype([(name, np.int64) for name in _INTEGERS] + [("scale", np.float32), ("softcap", np.float32)])
 
+_PACKED = struct.Struct(f"={len(_INTEGERS)}q2f")
 NEXT_ITEM, ITEMS_DONE = (8 * _INTEGERS.index(name) for name in ("next_item", "items_done"))
 
 _RECORD = from_dtype(TASK)
+
+
+def make_task(*, scale: float = 0.0, softcap: float = 0.0, **integers: int) -> NDArray[Any]:
+    """One TASK record; fields that are not named are 0."""
+    values = [integers.pop(name, 0) for name in _INTEGERS]
+    if integers:
+        raise TypeError(f"a task has no field {', '.join(integers)}")
+    return np.frombuffer(bytearray(_PACKED.pack(*values, scale, softcap)), TASK)
 
 
 @intrinsic
