@@ -278,8 +278,11 @@ def global_read(
                 return READ_AFTER_WRITE, i, abs(last) - 1
             if last != 0 and read_only:
                 return READ_AFTER_WRITE, i, abs(last) - 1
-            if s.reader[granule] != mark:
-                s.reader[granule] = mark if s.reader[granule] == 0 else -1
+            reader = s.reader[granule]
+            if reader == 0 or (reader > 0 and _ordered(known, blocks[i], reader - 1)):
+                s.reader[granule] = mark
+            elif reader != mark:
+                s.reader[granule] = -1
     return OK, 0, 0
 
 
@@ -311,6 +314,8 @@ def global_write(
                 if foreign and not same and (reader < 0 or not _ordered(known, blocks[i], reader - 1)):
                     return WRITE_AFTER_READ, i, reader - 1 if reader > 0 else -1
                 s.writer[granule] = -mark if strong else mark
+                if foreign and reader > 0:  # that reader is ordered before this write
+                    s.reader[granule] = 0
         if values.shape[0] > 0:
             for byte in range(size):
                 s.data[at + byte] = values[i, byte]

@@ -59,9 +59,8 @@ class Scheduler:
         turns = 0
         while True:
             if not self.ready:
-                if not self._wake():
-                    return
-                continue
+                self._check_waiting()
+                return
             pc = min(self.ready)
             if len(self.ready) > 1:
                 turns += 1
@@ -88,7 +87,9 @@ class Scheduler:
         group = lanes if isinstance(lanes, Group) else self._group(lanes)
         if not group.n:
             return
-        if pc in self.ready:
+        if self._leaves(pc):  # now, so that nobody waits for threads that have nothing left to do
+            self._exit(group)
+        elif pc in self.ready:
             other, since = self.ready[pc]
             self.ready[pc] = self._group(np.sort(np.concatenate([other.lanes, group.lanes]))), since
         else:
@@ -102,9 +103,6 @@ class Scheduler:
 
     def _step(self, pc: int, group: Group) -> None:
         """Runs a group from a program counter to the end of the block, or to what stops it."""
-        if pc >= self.size:
-            self._exit(group)
-            return
         end = self.translator.end[pc]
         collective = self.translator.next_collective[pc]
         if collective < end and not group.whole:
@@ -191,6 +189,13 @@ class Scheduler:
             self._arrive(stop - 1, group, *condition)
         else:
             self._push(stop, group)
+
+    def _leaves(self, pc: int) -> bool:
+        """Whether the thread ends at a program counter."""
+        if pc >= self.size:
+            return True
+        instruction = self.program.instructions[pc]
+        return instruction.parts[0] in ("ret", "exit") and instruction.guard is None
 
     def _exit(self, group: Group) -> None:
         self.machine.alive[group.lanes] = False
@@ -282,19 +287,8 @@ class Scheduler:
 
     # ---- the end
 
-    def _wake(self) -> bool:
-        """Called when nobody can run: lets those go on that only waited for exited threads; False when all are done.
-
-        Raises:
-            EmulatorError: Threads wait for others that will not come.
-        """
-        for pc in sorted(self.stalled):
-            lanes = self.stalled.pop(pc)
-            group = self._group(lanes)
-            if self._complete(pc, group).any():
-                self._meet(pc, group)
-                return True
-            self.stalled[pc] = lanes
+    def _check_waiting(self) -> None:
+        """Fails where threads wait for others that will not come."""
         for pc, lanes in sorted(self.stalled.items()):
             instruction = self.program.instructions[pc]
             kind = "barrier" if is_barrier(instruction) else "collective"
@@ -317,7 +311,6 @@ class Scheduler:
                     f"elsewhere",
                     "barrier",
                 )
-        return False
 
 
 def run(machine: Machine) -> None:

@@ -117,7 +117,9 @@ def product(a, b, c):  # type: ignore[no-untyped-def]
     steps = int32(depth // 32)
     for step in range(steps):
         if step + 1 < steps:
-            load_stage(base + ((step + 1) & 1) * STAGE, a_address + (step + 1) * 64, b_address + (step + 1) * 64, row_bytes)
+            load_stage(
+                base + ((step + 1) & 1) * STAGE, a_address + (step + 1) * 64, b_address + (step + 1) * 64, row_bytes
+            )
         commit()
         wait_all_but_one()
         cuda.syncthreads()
