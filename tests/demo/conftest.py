@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
 import pytest
 from numbaflash_service.demo import weights
 from numbaflash_service.demo.model import Llama
@@ -9,6 +14,14 @@ from numbaflash_service.demo.tokenizer import Tokenizer
 @pytest.fixture(scope="session")
 def checkpoint() -> weights.Checkpoint:
     return weights.load()
+
+
+@pytest.fixture(scope="session")
+def dense_weights() -> dict[str, npt.NDArray[Any]]:
+    """The file's weights in float32, by `gguf` alone."""
+    weights.download()
+    reader = gguf.GGUFReader(weights.gguf_path())
+    return {t.name: np.asarray(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
 
 
 @pytest.fixture(scope="session")

@@ -24,13 +24,12 @@ PROMPTS = [
 ]
 
 
-def dense_logits(checkpoint: Checkpoint, ids: list[int], visible: Array) -> Array:
+def dense_logits(field: dict[str, Any], weight: dict[str, Array], ids: list[int], visible: Array) -> Array:
     """Logits after every token: no cache, plain softmax over all keys that `visible` (query, key) allows.
 
     Queries and keys are put back into the checkpoint's original order, where rotary positions pair feature j with
     j + D / 2.
     """
-    field, weight = checkpoint.fields, checkpoint.tensors
     heads, kv_heads = field["llama.attention.head_count"], field["llama.attention.head_count_kv"]
     dim, tokens = field["llama.embedding_length"] // heads, len(ids)
     frequencies = field["llama.rope.freq_base"] ** -(np.arange(dim // 2) * 2 / dim)
@@ -81,18 +80,18 @@ def assert_greedy(logits: Array, prompt_ids: list[int], got: Generation, tokeniz
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_greedy_tokens_are_those_of_a_dense_forward(
-    prompt: str, checkpoint: Checkpoint, model: Llama, tokenizer: Tokenizer
+    prompt: str, checkpoint: Checkpoint, dense_weights: dict[str, Array], model: Llama, tokenizer: Tokenizer
 ) -> None:
     prompt_ids = tokenizer.encode(tokenizer.chat(prompt))
     got = greedy(model, tokenizer, prompt_ids, 32, capacity=len(prompt_ids) + 32)
     ids = prompt_ids + got.new_ids
     position = np.arange(len(ids))
-    logits = dense_logits(checkpoint, ids, position[:, None] >= position)
+    logits = dense_logits(checkpoint.fields, dense_weights, ids, position[:, None] >= position)
     assert_greedy(logits, prompt_ids, got, tokenizer)
 
 
 def test_greedy_tokens_in_a_small_ring_are_those_of_windowed_attention_with_sinks(
-    checkpoint: Checkpoint, model: Llama, tokenizer: Tokenizer
+    checkpoint: Checkpoint, dense_weights: dict[str, Array], model: Llama, tokenizer: Tokenizer
 ) -> None:
     prompt_ids = tokenizer.encode(tokenizer.chat(PROMPTS[0]))
     window, sinks = 24, 4  # less than the prompt alone
@@ -101,7 +100,7 @@ def test_greedy_tokens_in_a_small_ring_are_those_of_windowed_attention_with_sink
     ids = prompt_ids + got.new_ids
     query, key = np.arange(len(ids))[:, None], np.arange(len(ids))
     visible = (key <= query) & ((key > query - (window - sinks)) | (key < sinks))
-    assert_greedy(dense_logits(checkpoint, ids, visible), prompt_ids, got, tokenizer)
+    assert_greedy(dense_logits(checkpoint.fields, dense_weights, ids, visible), prompt_ids, got, tokenizer)
 
 
 def test_the_prompt_may_be_cut_into_steps_of_any_size(model: Llama, tokenizer: Tokenizer) -> None:
