@@ -7,7 +7,9 @@ import re
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +61,6 @@ def ptx_of(kernel: Any, args: Sequence[Any], cc: tuple[int, int]) -> str:
             "is accepted",
             kind="argument",
         )
-    from numba.cuda.compiler import compile_ptx
     from numba.cuda.typing.typeof import Purpose, typeof
 
     try:
@@ -69,10 +70,18 @@ def ptx_of(kernel: Any, args: Sequence[Any], cc: tuple[int, int]) -> str:
     versions = _COMPILED.setdefault(kernel, {})
     if (signature, cc) not in versions:
         options = kernel.targetoptions
-        kept = {name: options[name] for name in ("debug", "lineinfo", "fastmath", "opt") if name in options}
-        kept["debug"] = bool(kept.get("debug"))
-        versions[signature, cc] = compile_ptx(function, signature, cc=cc, **kept)[0]  # type: ignore[no-untyped-call]  # Numba has no types
+        kept = {name: options[name] for name in ("lineinfo", "fastmath", "opt") if name in options}
+        versions[signature, cc] = _compile(function, signature, cc, debug=bool(options.get("debug")), **kept)
     return versions[signature, cc]
+
+
+def _compile(function: Any, signature: tuple[Any, ...], cc: tuple[int, int], **options: Any) -> str:
+    """Compiles for a device that need not be there: Numba asks the driver which one it is, for device functions."""
+    from numba.cuda import dispatcher
+    from numba.cuda.compiler import compile_ptx
+
+    with mock.patch.object(dispatcher, "get_current_device", lambda: SimpleNamespace(compute_capability=cc)):
+        return str(compile_ptx(function, signature, cc=cc, **options)[0])  # type: ignore[no-untyped-call]  # Numba is untyped
 
 
 # ---- parameters

@@ -217,14 +217,14 @@ def local_places(out, indices):  # type: ignore[no-untyped-def]
 
 
 def test_reading_local_memory_that_was_not_written() -> None:
-    """Numba clears local arrays; without that, thread 19 reads past what it wrote."""
+    """Numba clears local arrays; without that, thread 20 reads before what it wrote."""
     indices, out = np.zeros(33, "i4"), np.zeros(32, "i4")
     ptx = re.sub(r"st\.local\.v4\S+ .*;", "", ptx_of(local_places, (out, indices), (8, 0)))
     emulator.launch(ptx, 1, 32, out, indices)
     indices[20] = 3
     error = caught(lambda: emulator.launch(ptx, 1, 32, out, indices))
     assert error.kind == "uninitialized"
-    assert error.place.thread == (19, 0, 0)
+    assert error.place.thread == (20, 0, 0)
     assert "local" in error.reason
 
 
