@@ -6,23 +6,25 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
 
 from . import wire
-from .engine import Done
+from .engine import Done, Outcome, Step
 from .errors import ServiceError
 from .replies import encode_answer, encode_error
 from .v1 import attention_pb2 as pb
 
-Submit: TypeAlias = Callable[[pb.StepRequest, memoryview, int, object, float | None], "asyncio.Future[Done]"]
+Submit: TypeAlias = Callable[[pb.StepRequest, memoryview, object, Callable[[Outcome], None]], Step]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class _InFlight:
     request: pb.StepRequest
-    done: asyncio.Future[Done]
+    step: Step | None = None
+    outcome: Outcome = None
 
 
 class AttendStream:
@@ -54,9 +56,10 @@ class AttendStream:
                 await self._reader
         finally:
             self._reader.cancel()
-            for steps in self._pending.values():
-                for step in steps:
-                    step.done.cancel()
+            for waiting in self._pending.values():
+                for entry in waiting:
+                    if entry.step:
+                        entry.step.taken_back = True
 
     def stop_reading(self) -> None:
         """Take no more steps."""
@@ -77,31 +80,36 @@ class AttendStream:
             self._end_when_answered()
 
     async def _write(self) -> None:
-        while (step := await self._ready.get()) is not None:
-            try:
-                answer = encode_answer(step.request, step.done.result())
-            except ServiceError as error:
-                answer = encode_error(step.request, error)
+        while (entry := await self._ready.get()) is not None:
+            if isinstance(entry.outcome, Done):
+                answer = encode_answer(entry.request, entry.outcome)
+            else:
+                assert entry.outcome is not None
+                answer = encode_error(entry.request, entry.outcome)
             await self._context.write(answer)
             self._room.release()
 
     def _begin(self, received: bytes) -> None:
-        request = pb.StepRequest()
+        entry = _InFlight(pb.StepRequest())
         try:
-            request, payload = wire.decode_step(pb.StepRequest, received)
-            done = self._submit(request, payload, len(received), self, None)
+            entry.request, payload = wire.decode_step(pb.StepRequest, received)
+            entry.step = self._submit(entry.request, payload, self, partial(self._settle, entry))
         except ServiceError as error:
-            done = asyncio.get_running_loop().create_future()
-            done.set_exception(error)
-        self._pending.setdefault(request.session_id, deque()).append(_InFlight(request, done))
-        done.add_done_callback(lambda _: self._settle(request.session_id))
+            entry.outcome = error
+        self._pending.setdefault(entry.request.session_id, deque()).append(entry)
+        if entry.outcome:
+            self._pass_on(entry.request.session_id)
 
-    def _settle(self, session_id: str) -> None:
+    def _settle(self, entry: _InFlight, outcome: Outcome) -> None:
+        entry.outcome = outcome
+        self._pass_on(entry.request.session_id)
+
+    def _pass_on(self, session_id: str) -> None:
         """Pass on what is done of a session, up to the first step that is not."""
-        steps = self._pending.get(session_id)
-        while steps and steps[0].done.done():
-            self._ready.put_nowait(steps.popleft())
-        if not steps:
+        entries = self._pending.get(session_id)
+        while entries and entries[0].outcome:
+            self._ready.put_nowait(entries.popleft())
+        if not entries:
             self._pending.pop(session_id, None)
         self._end_when_answered()
 

@@ -186,6 +186,7 @@ class Session:
         sink_tokens: First tokens that are never overwritten.
         dtype: Storage dtype by name.
         max_nbytes: Bytes that the server has reserved for it.
+        kernel_seconds: Time that the server has computed for it; the rest of a call's time is the way there and back.
     """
 
     def __init__(
@@ -206,6 +207,7 @@ class Session:
         self.sink_tokens = shape.sink_tokens
         self.dtype = shape.dtype
         self.max_nbytes = created.kv_bytes
+        self.kernel_seconds = 0.0
         self._client = client
         self._calls = calls
         self._stream = calls.stream() if stream else None
@@ -405,6 +407,7 @@ class Session:
             raise
         self._lengths[layer] = answer_head.position
         self._firsts[layer] = answer_head.first
+        self.kernel_seconds += answer_head.kernel_ns / 1e9
         return wire.tensors(answer_head.tensors, answer_payload)
 
     def _request_id(self, layer: int, head: pb.StepRequest, payload: list[bytes | memoryview]) -> str:

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import grpc
 import numpy as np
@@ -33,6 +33,20 @@ _ALIGNMENT: Final = 64
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Done:
+    """A step that was taken: its answer, whether that is one of an earlier time, and how it was computed."""
+
+    answer: Answer
+    replayed: bool = False
+    queue_ns: int = 0
+    kernel_ns: int = 0
+    batch_size: int = 0
+
+
+Outcome: TypeAlias = Done | ServiceError | None
+
+
 @dataclass(eq=False, slots=True)
 class Step:
     """One layer's new tokens, checked against the session's shape.
@@ -46,7 +60,8 @@ class Step:
         options: Keyword arguments of `RingKVCache.step`.
         nbytes: Bytes that the step holds while it waits.
         deadline: On the clock of `time.monotonic`; None: whenever.
-        done: Gets the `Done`, or the `ServiceError`; cancelling it before the step has started takes the step back.
+        settle: Gets what comes of the step, on the event loop: `Done`, or the error, or None where it was taken back.
+        taken_back: Nobody wants the step any more; it is left out if it has not started.
     """
 
     session: Session
@@ -57,7 +72,8 @@ class Step:
     options: dict[str, Any]
     nbytes: int
     deadline: float | None
-    done: asyncio.Future[Done]
+    settle: Callable[[Outcome], None]
+    taken_back: bool = False
     arrived_ns: int = field(default_factory=time.perf_counter_ns)
 
     @property
@@ -70,17 +86,6 @@ class Step:
     def tokens(self) -> int:
         """New tokens."""
         return len(next(iter(self.tensors.values())))
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Done:
-    """A step that was taken: its answer, whether that is one of an earlier time, and how it was computed."""
-
-    answer: Answer
-    replayed: bool = False
-    queue_ns: int = 0
-    kernel_ns: int = 0
-    batch_size: int = 0
 
 
 class Engine:
@@ -113,7 +118,7 @@ class Engine:
         self._thread.start()
 
     def submit(self, step: Step, writer: object) -> None:
-        """Queue a step of a call or stream; `step.done` gets what comes of it.
+        """Queue a step of a call or stream; `step.settle` gets what comes of it.
 
         Raises:
             BusyError: Another writer's steps of the session are in flight.
@@ -136,9 +141,9 @@ class Engine:
             try:
                 result = function()
             except Exception as error:
-                self._loop.call_soon_threadsafe(_resolve, done, error)
+                self._loop.call_soon_threadsafe(resolve, done, error)
             else:
-                self._loop.call_soon_threadsafe(_resolve, done, result)
+                self._loop.call_soon_threadsafe(resolve, done, result)
 
         self._inbox.put(run)
         return await done
@@ -209,12 +214,12 @@ class Engine:
         shape = step.session.shape
         return step.layer, q.shape, k.shape, q.dtype, shape.dtype, *step.options.items()
 
-    def _compute(self, batch: list[Step]) -> list[tuple[Step, Done | ServiceError | None]]:
-        """Take steps; what comes back for each is None where it was cancelled before."""
-        outcomes: list[tuple[Step, Done | ServiceError | None]] = []
+    def _compute(self, batch: list[Step]) -> list[tuple[Step, Outcome]]:
+        """Take steps; what comes back for each is None where it was taken back before."""
+        outcomes: list[tuple[Step, Outcome]] = []
         ready = []
         for step in batch:
-            if step.done.cancelled():
+            if step.taken_back:
                 outcomes.append((step, None))
                 continue
             try:
@@ -267,25 +272,25 @@ class Engine:
             f"position is {step.position} and layer {step.layer} holds {length} tokens{hint}", position=length
         )
 
-    def _launch(self, steps: list[Step]) -> list[tuple[Step, Done | ServiceError | None]]:
+    def _launch(self, steps: list[Step]) -> list[tuple[Step, Outcome]]:
         """Compute steps that are ready, in one launch."""
         first = steps[0]
         if len(first.tensors) == 3:
             self._answers.make_room(sum(step.tensors["q"].nbytes for step in steps))
         names = list(first.tensors)
         self._scratch.clear()
+        stacked = [self._scratch.stack([step.tensors[name] for step in steps]) for name in names]
         started = time.perf_counter_ns()
         outs: list[NDArray[Any] | None]
         if len(steps) > 1:
             caches = [step.cache for step in steps]
-            stacked = [self._scratch.stack([step.tensors[name] for step in steps]) for name in names]
+            batch_out = numbaflash.attention_batch(caches, first.layer, *stacked, **first.options)
             # Each answer its own memory: one that is kept must not keep the others.
-            outs = [out.copy() for out in numbaflash.attention_batch(caches, first.layer, *stacked, **first.options)]
+            outs = [out.copy() for out in batch_out]
         else:
             cache = first.cache
             method = cache.step if len(names) == 3 else cache.append if "k" in names else cache.attend
-            aligned = (self._scratch.stack([first.tensors[name]])[0] for name in names)
-            outs = [method(first.layer, *aligned, **first.options)]
+            outs = [method(first.layer, *(array[0] for array in stacked), **first.options)]
         kernel_ns = time.perf_counter_ns() - started
         return [
             (step, Done(self._keep(step, out), False, started - step.arrived_ns, kernel_ns, len(steps)))
@@ -305,12 +310,12 @@ class Engine:
 
     # -- the event loop ----------------------------------------------------------------------------------------------
 
-    def _deliver(self, outcomes: list[tuple[Step, Done | ServiceError | None]]) -> None:
+    def _deliver(self, outcomes: list[tuple[Step, Outcome]]) -> None:
         for step, outcome in outcomes:
             self.steps -= 1
             self.nbytes -= step.nbytes
             step.session.end_step()
-            _resolve(step.done, outcome)
+            step.settle(outcome)
 
 
 class _Scratch:
@@ -344,14 +349,15 @@ class _Scratch:
         self._used = 0
 
 
-def _is_array(value: object) -> bool:
-    return isinstance(value, np.ndarray)
-
-
-def _resolve(future: asyncio.Future[Any], outcome: object) -> None:
-    if future.done():  # cancelled: nobody waits for it any more
+def resolve(future: asyncio.Future[Any], outcome: object) -> None:
+    """Give a future its result or exception, unless it was cancelled: then nobody waits for it any more."""
+    if future.done():
         return
     if isinstance(outcome, Exception):
         future.set_exception(outcome)
     else:
         future.set_result(outcome)
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, np.ndarray)

@@ -21,7 +21,7 @@ from numbaflash.cpu import SPLIT_KV_MAX_TOKENS
 from . import validation, wire
 from .attend import AttendStream
 from .config import ServeConfig
-from .engine import Done, Engine, Step
+from .engine import Done, Engine, Outcome, Step, resolve
 from .errors import (
     STATUS_TRAILER,
     BadTensorError,
@@ -177,8 +177,12 @@ class AttentionServicer:
         request, payload = wire.decode_step(pb.StepRequest, wire_request)
         remaining = context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining
-        done = self.submit(request, payload, len(wire_request), context, deadline)
-        return encode_answer(request, await done)
+        done: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
+        step = self.submit(request, payload, context, partial(resolve, done), deadline)
+        try:
+            return encode_answer(request, await done)
+        finally:
+            step.taken_back = True  # where the caller has gone; else it makes no difference any more
 
     async def _close_session(self, wire_request: bytes, _: Context) -> bytes:
         session_id = wire.decode(pb.CloseSessionRequest, wire_request).session_id
@@ -202,9 +206,21 @@ class AttentionServicer:
     # -- steps -------------------------------------------------------------------------------------------------------
 
     def submit(
-        self, request: pb.StepRequest, payload: memoryview, nbytes: int, writer: object, deadline: float | None
-    ) -> asyncio.Future[Done]:
-        """Check a step of a call or stream and queue it; cancelling the future takes it back if it has not started.
+        self,
+        request: pb.StepRequest,
+        payload: memoryview,
+        writer: object,
+        settle: Callable[[Outcome], None],
+        deadline: float | None = None,
+    ) -> Step:
+        """Check a step of a call or stream and queue it.
+
+        Args:
+            request: Its head.
+            payload: Its tensors' bytes.
+            writer: The call or stream.
+            settle: Gets what comes of the step.
+            deadline: On the clock of `time.monotonic`; None: whenever.
 
         Raises:
             ServiceError: It is refused.
@@ -219,12 +235,12 @@ class AttentionServicer:
             request_id=request.request_id,
             tensors=arguments.tensors,
             options=arguments.options,
-            nbytes=nbytes,
+            nbytes=len(payload),
             deadline=deadline,
-            done=asyncio.get_running_loop().create_future(),
+            settle=settle,
         )
         self._engine.submit(step, writer)
-        return step.done
+        return step
 
     async def _attend(self, _: Any, context: Context) -> None:
         stream = AttendStream(context, self.submit, self._config.max_in_flight)

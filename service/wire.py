@@ -9,6 +9,7 @@ Below, a *head* is the message without its payload.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Final, TypeVar
@@ -22,6 +23,7 @@ from .errors import BadTensorError
 from .v1 import attention_pb2 as pb
 
 ALIGNMENT: Final = 64
+MAX_RANK: Final = 8
 DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -114,39 +116,53 @@ def tensors(descriptors: Sequence[pb.TensorDesc], payload: memoryview) -> dict[s
         BadTensorError: descriptors that contradict themselves, each other or the payload; the error names the field.
     """
     arrays = dict[str, NDArray[Any]]()
-    spans = list[tuple[int, int, str]]()
+    used = 0
     for i, desc in enumerate(descriptors):
-        field = f"tensors[{i}]"
-        if not desc.name or desc.name in arrays:
-            raise BadTensorError(f"{field}.name", f"got {desc.name!r}; names are not empty and not repeated")
-        dtype = DTYPES.get(desc.dtype)
-        if dtype is None:
-            raise BadTensorError(f"{field}.dtype", f"{desc.name}: got {desc.dtype!r}; takes {', '.join(DTYPES)}")
-        shape = tuple(desc.shape)
-        if not 1 <= len(shape) <= 8 or 0 in shape:
-            raise BadTensorError(f"{field}.shape", f"{desc.name}: got {shape}; takes 1 to 8 axes, none of them empty")
-        count = 1
-        for extent in shape:  # Python's integers do not wrap, whatever the product
-            count *= extent
-        if desc.nbytes != count * dtype.itemsize:
-            wanted = count * dtype.itemsize
-            raise BadTensorError(
-                f"{field}.nbytes", f"{desc.name}: got {desc.nbytes}; {shape} {desc.dtype} has {wanted}"
-            )
-        if desc.offset % ALIGNMENT:
-            raise BadTensorError(f"{field}.offset", f"{desc.name}: got {desc.offset}; takes multiples of {ALIGNMENT}")
-        stop = desc.offset + desc.nbytes
-        if stop > len(payload):
-            raise BadTensorError(
-                f"{field}.offset", f"{desc.name}: bytes {desc.offset} to {stop} of a payload of {len(payload)}"
-            )
-        spans.append((desc.offset, stop, field))
-        arrays[desc.name] = np.frombuffer(payload, dtype, count, desc.offset).reshape(shape)
-    spans.sort()
-    for (_, stop, _), (start, _, field) in pairwise(spans):
-        if start < stop:
-            raise BadTensorError(f"{field}.offset", f"byte {start} is inside another tensor, which ends at {stop}")
+        name, dtype, shape = desc.name, DTYPES.get(desc.dtype), tuple(desc.shape)
+        offset, nbytes = desc.offset, desc.nbytes
+        count = math.prod(shape)  # Python's integers do not wrap, whatever the product
+        if (
+            not name
+            or name in arrays
+            or dtype is None
+            or not 1 <= len(shape) <= MAX_RANK
+            or not count
+            or nbytes != count * dtype.itemsize
+            or offset % ALIGNMENT
+            or offset + nbytes > len(payload)
+        ):
+            raise _contradiction(i, desc, len(payload), repeated=name in arrays)
+        if offset < used:
+            _check_overlap(descriptors)
+        used = max(used, offset + nbytes)
+        arrays[name] = np.frombuffer(payload, dtype, count, offset).reshape(shape)
     return arrays
+
+
+def _contradiction(index: int, desc: pb.TensorDesc, payload_bytes: int, *, repeated: bool) -> BadTensorError:
+    """Say what is wrong with a descriptor, the first of what may be several things."""
+    dtype, shape = DTYPES.get(desc.dtype), tuple(desc.shape)
+    if not desc.name or repeated:
+        field, why = "name", "names are not empty and not repeated"
+    elif dtype is None:
+        field, why = "dtype", f"got {desc.dtype[:32]!r}; takes {', '.join(DTYPES)}"
+    elif not 1 <= len(shape) <= MAX_RANK or 0 in shape:
+        field, why = "shape", f"got {shape[: MAX_RANK + 1]}; takes 1 to {MAX_RANK} axes, none of them empty"
+    elif desc.nbytes != (wanted := math.prod(shape) * dtype.itemsize):
+        field, why = "nbytes", f"got {desc.nbytes}; {desc.dtype} {shape} has {wanted}"
+    elif desc.offset % ALIGNMENT:
+        field, why = "offset", f"got {desc.offset}; takes multiples of {ALIGNMENT}"
+    else:
+        stop = desc.offset + desc.nbytes
+        field, why = "offset", f"bytes {desc.offset} to {stop} of a payload of {payload_bytes}"
+    return BadTensorError(f"tensors[{index}].{field}", f"{desc.name[:32]!r}: {why}")
+
+
+def _check_overlap(descriptors: Sequence[pb.TensorDesc]) -> None:
+    spans = sorted((desc.offset, desc.offset + desc.nbytes, i) for i, desc in enumerate(descriptors))
+    for (_, stop, _), (start, _, i) in pairwise(spans):
+        if start < stop:
+            raise BadTensorError(f"tensors[{i}].offset", f"byte {start} is inside another tensor, which ends at {stop}")
 
 
 def _raw_bytes(array: NDArray[Any]) -> memoryview:

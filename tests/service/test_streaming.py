@@ -133,7 +133,7 @@ def test_a_step_that_is_cancelled_while_it_waits_changes_nothing(
         call = stock.Decode.future(step_request(session_id, qkv(1), request_id="given up"))
         server.wait_for_queue(1)
         call.cancel()
-        server.wait_until(server.submitted[-1].done.cancelled)
+        server.wait_until(lambda: server.submitted[-1].taken_back)
     server.wait_for_queue(0)
     assert stock.Decode(step_request(session_id, qkv(1), request_id="another")).position == 1
 
@@ -147,7 +147,7 @@ def test_a_stream_that_goes_away_takes_back_its_waiting_steps(
             stream.send(step_request(session_id, qkv(1), position=position))
         server.wait_for_queue(3)
         stream.call.cancel()
-        server.wait_until(lambda: all(step.done.cancelled() for step in server.submitted[-3:]))
+        server.wait_until(lambda: all(step.taken_back for step in server.submitted[-3:]))
     server.wait_for_queue(0)
     assert stock.Decode(step_request(session_id, qkv(1), request_id="another")).position == 1
 
