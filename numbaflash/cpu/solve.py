@@ -154,6 +154,9 @@ class _Call:
         panels = self._pairs * self._panels
         self._allocate_workspace(panels * keys * PANEL_BYTES)
         for kernel in (standard_scores, standard_softmax, standard_values):
+            # A helper that wakes up late must find the counter of the kernel that it was asked for.
+            self._task = self._task.copy()
+            self._task["next_item"] = self._task["items_done"] = 0
             self._run(kernel, STANDARD_SCRATCH, panels)
 
     def _allocate_workspace(self, nbytes: int) -> None:
@@ -162,7 +165,6 @@ class _Call:
         self._keep_alive += (workspace,)
 
     def _run(self, kernel: Any, scratch_bytes: int, items: int) -> None:
-        self._task["next_item"] = self._task["items_done"] = 0
         self._task["items"] = items
         helpers = min(_threads(), items) - 1 if self._is_worth_sharing() else 0
         references = (self.out, self.lse, self._runs, self._keep_alive)

@@ -21,7 +21,12 @@ def normal(seed: int, *shape: int, dtype: np.dtype[Any] = FLOAT32) -> NDArray[An
 
 
 def qkv(
-    batch: int, q_tokens: int, kv_tokens: int, heads: tuple[int, int], dims: tuple[int, int], dtype: np.dtype[Any] = FLOAT32
+    batch: int,
+    q_tokens: int,
+    kv_tokens: int,
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    dtype: np.dtype[Any] = FLOAT32,
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     return (
         normal(1, batch, q_tokens, heads[0], dims[0], dtype=dtype),

@@ -114,7 +114,15 @@ def test_nothing_to_see_gives_zeros(batch: int, q_tokens: int, kv_tokens: int, a
         lambda x: x.transpose(0, 1, 3, 2).copy().transpose(0, 1, 3, 2),
         lambda x: np.frombuffer(b"x" + x.tobytes(), x.dtype, offset=1).reshape(x.shape),
     ],
-    ids=["batch reversed", "tokens reversed", "every other", "heads first", "sliced", "last axis strided", "misaligned"],
+    ids=[
+        "batch reversed",
+        "tokens reversed",
+        "every other",
+        "heads first",
+        "sliced",
+        "last axis strided",
+        "misaligned",
+    ],
 )
 def test_any_strides(lay: Any, q_tokens: int) -> None:
     arrays = qkv(2, q_tokens, 150, (4, 2), (32, 32))

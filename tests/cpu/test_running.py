@@ -1,0 +1,125 @@
+"""Threads, forks, interrupts, and kernels that are compiled once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from numbaflash.cpu import pool
+from numbaflash.cpu import solve as entry
+from numbaflash.cpu.task import ITEMS_DONE, make_task
+
+from .inputs import qkv, solve
+
+
+def test_many_threads_may_call_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry, "_threads", lambda: 4)
+    problems = [qkv(1, tokens, 2000, (4, 2), (64, 64)) for tokens in (1, 300, 4, 90)]
+    expected = [solve(*arrays, causal=True)[0] for arrays in problems]
+    with ThreadPoolExecutor(8) as callers:
+        results = [callers.submit(solve, *problems[i % 4], causal=True) for i in range(80)]
+        for i, result in enumerate(results):
+            np.testing.assert_array_equal(result.result()[0], expected[i % 4])
+
+
+def test_helpers_are_started_once_and_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry, "_threads", lambda: 3)
+    for _ in range(20):
+        solve(*qkv(1, 300, 2000, (4, 2), (64, 64)))
+    assert sum(thread.name.startswith("numbaflash-") for thread in threading.enumerate()) <= 3
+
+
+def test_a_small_problem_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool._Helpers, "ask", lambda *_: pytest.fail("woke up a helper"))
+    solve(*qkv(1, 1, 300, (9, 3), (64, 64)))
+    solve(*qkv(1, 10, 20, (9, 3), (64, 64)))
+
+
+def test_a_forked_child_computes() -> None:
+    code = """
+import os, warnings
+import numpy as np
+from numbaflash.cpu import pool, solve as entry
+from numbaflash import cpu, problem
+entry._threads = lambda: 3
+warnings.simplefilter("ignore")  # Python 3.12 warns of any fork with threads
+q = k = v = np.ones((1, 300, 4, 64), np.float32)
+described = problem.describe(q, k, v)
+cpu.attention(described, q, k, v, "v2")
+pid = os.fork()
+out, _ = cpu.attention(described, q, k, v, "v2")
+assert (out == 1).all()
+if pid:
+    assert os.waitpid(pid, 0)[1] == 0
+    print("both")
+os._exit(0)
+""".replace('print("both")', 'os.write(1, b"both")')
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "both"
+
+
+def test_an_interrupt_waits_until_all_items_are_done() -> None:
+    task = make_task(items=3)
+    calls = 0
+
+    def kernel(address: int, _: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls < 3:
+            raise KeyboardInterrupt
+        task["items_done"] = 3
+
+    with pytest.raises(KeyboardInterrupt):
+        pool.run(kernel, task, 0, 0, ())
+    assert calls == 3
+    assert ITEMS_DONE == 8
+
+
+def test_a_second_process_takes_the_kernels_from_disk() -> None:
+    solve(*qkv(1, 20, 20, (2, 1), (16, 16)))
+    solve(*qkv(1, 2, 20, (2, 1), (16, 16)))
+    code = """
+import numpy as np
+from numbaflash import cpu, problem
+from numbaflash.cpu import decode, prefill
+for tokens in (2, 20):
+    q = k = v = np.ones((1, tokens, 2, 16), np.float32)
+    cpu.attention(problem.describe(q, k, v), q, k, v, "v2")
+for module in (decode.decode, prefill.prefill):
+    assert module.stats.cache_hits and not module.stats.cache_misses, module.stats
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=120, check=True)
+
+
+# Other CPUs than this one, as Numba's own settings describe them; an x86 machine alone can run them.
+HASWELL = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+sse2,+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt"}
+ANY_X86 = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+
+
+@pytest.mark.slow  # compiles all kernels anew for another CPU: half a minute, once
+@pytest.mark.parametrize(("settings", "lanes"), [(HASWELL, 8), (ANY_X86, 4)], ids=["AVX2", "SSE2"])
+def test_a_cpu_with_shorter_vectors_gives_the_same_results(settings: dict[str, str], lanes: int) -> None:
+    environment = {**os.environ, **settings}
+    code = f"from numbaflash.cpu.target import TARGET; assert TARGET.lanes == {lanes}, TARGET"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    tests = [f"{os.path.dirname(__file__)}/{name}.py" for name in ("test_attention", "test_laws", "test_vector")]
+    without_compiling_the_rest = ["-k", "not standard and not v1"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        *without_compiling_the_rest,
+        *tests,
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
