@@ -7,6 +7,7 @@ needs an extra of its own.
 from __future__ import annotations
 
 import importlib
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -20,6 +21,14 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+class KVDtype(StrEnum):
+    """Storage dtypes of a session's cache."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
 
 
 def main() -> None:
@@ -96,13 +105,41 @@ def bench(json: Json = False) -> None:
 
 @app.command()
 def demo(
-    prompt: Annotated[str | None, typer.Option(help="What to ask the model.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    prompt: Annotated[str, typer.Option(help="What to ask the model.")] = "What is gravity?",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
     target: Annotated[str | None, typer.Option(help="A server to use; by default one is started.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token; above: drawn at random.")] = 0.0,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that the cache keeps visible, sink tokens included; default: all.")
+    ] = None,
+    sink_tokens: Annotated[int, typer.Option(min=0, help="First tokens that a window never drops.")] = 4,
+    dtype: Annotated[KVDtype, typer.Option(help="Of the keys and values in the cache.")] = KVDtype.float32,
     json: Json = False,
 ) -> None:
-    """Let a real language model generate text through the service."""
-    _load("demo", extra="demo").run(prompt=prompt, max_new_tokens=max_new_tokens, target=target, json=json)
+    """Let a real language model generate text through the service.
+
+    SmolLM2-135M-Instruct is downloaded once (93 MB) into the user's cache.
+    """
+    command = _load("demo.command", extra="demo")
+    try:
+        command.run(
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            target=target,
+            temperature=temperature,
+            raw=raw,
+            window=window,
+            sink_tokens=sink_tokens,
+            dtype=dtype.value,
+            json=json,
+        )
+    except command.UsageError as error:
+        _bad_usage(error)
+    except command.FAILURES as error:
+        _fail(str(error))
 
 
 def _load(module: str, extra: str | None = None) -> Any:
