@@ -1,8 +1,9 @@
 """Split-KV decode ("FlashDecoding"): few query tokens, many keys, bound by reading K and V once.
 
 A work item is one split of the keys of one KV head: positions s * SPLIT_KEYS to (s + 1) * SPLIT_KEYS, whatever the
-number of threads. All rows (tokens x query heads of the group) go through it together, so K and V are read once, in the
-dtype and the place in which they are. Whoever finishes the last split of a head merges them, in order, by their m and l.
+number of threads. All rows (tokens x query heads of the group) go through it together, so K and V are read once, in
+the dtype and the place in which they are. Whoever finishes the last split of a head merges them, in order, by their m
+and l.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def load_query_rows(task, sequence, kv_head, row, rows, all_rows, queries, key_r
 
 @native
 def score_split(task, sequence, kv_head, rows, begin, count, scratch):
-    """Scores of `count` positions from `begin` on for all rows; -inf where there is no token, and up to whole vectors."""
+    """Scores of `count` positions from `begin` on, all rows; -inf where there is no token, and to a whole vector."""
     scores, queries, tile = scratch + _SCORES, scratch + _QUERIES, scratch + _TILE
     query_row = 4 * padded(task.head_dim)
     together = 1 if rows == 1 else ROWS_PER_SCORE

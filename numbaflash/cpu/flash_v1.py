@@ -1,4 +1,4 @@
-"""FlashAttention-1 forward ("FlashAttention", Algorithm 1): the outer loop goes over K/V blocks, the inner over Q blocks.
+"""FlashAttention-1 forward ("FlashAttention", Algorithm 1): the outer loop is over K/V blocks, the inner over Q blocks.
 
 For each K/V block all rows' O, l and m are read and written back, so O is kept normalized in between. A work item is a
 KV head of a sequence. The state of all rows lies in the workspace: by panel O^T (value_dim x PANEL_ROWS), m and l.

@@ -22,7 +22,7 @@ def kernel(function: Callable[[int, int], None]) -> Any:
     The machine code is kept where Numba keeps it (NUMBA_CACHE_DIR, __pycache__ or the user's cache directory); where
     none of them can be written, each process compiles anew.
     """
-    dispatcher = njit(error_model="numpy", nogil=True)(function)
+    dispatcher: Any = njit(error_model="numpy", nogil=True)(function)
     try:
         dispatcher._cache = _StampedCache(function)
     except RuntimeError:  # Numba found no directory to write to
@@ -41,7 +41,7 @@ _SOURCES = _digest_of_sources()
 
 
 class _StampedCache(FunctionCache):
-    """Numba's cache takes the age of one file for a function's version; a kernel is made of all files of this folder."""
+    """Numba takes the age of one file for a function's version; a kernel is made of all files of this folder."""
 
     def _index_key(self, sig: Any, codegen: Any) -> Any:
         return (*super()._index_key(sig, codegen), _SOURCES)

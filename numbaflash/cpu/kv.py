@@ -95,8 +95,7 @@ def skip_runs(task, sequence, run, position):
 
 
 @native
-def token_at(task, run, kv_head, position, address, token_stride, head_stride):
-    """Address of a key or a value, by the columns of the run table that tell it."""
+def _token_at(task, run, kv_head, position, address, token_stride, head_stride):
     inside = position - run_field(task, run, START)
     at = run_field(task, run, address) + kv_head * run_field(task, run, head_stride)
     return at + inside * run_field(task, run, token_stride)
@@ -104,12 +103,14 @@ def token_at(task, run, kv_head, position, address, token_stride, head_stride):
 
 @native
 def key_at(task, run, kv_head, position):
-    return token_at(task, run, kv_head, position, K_ADDRESS, K_TOKEN_STRIDE, K_HEAD_STRIDE)
+    """Address of the key at a position of a run."""
+    return _token_at(task, run, kv_head, position, K_ADDRESS, K_TOKEN_STRIDE, K_HEAD_STRIDE)
 
 
 @native
 def value_at(task, run, kv_head, position):
-    return token_at(task, run, kv_head, position, V_ADDRESS, V_TOKEN_STRIDE, V_HEAD_STRIDE)
+    """Address of the value at a position of a run."""
+    return _token_at(task, run, kv_head, position, V_ADDRESS, V_TOKEN_STRIDE, V_HEAD_STRIDE)
 
 
 @native

@@ -16,10 +16,10 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
 from . import emit
 from .emit import BFLOAT16, F32, FLOAT16, FLOAT32, I64, LANES, VECTOR
+from .intrinsics import instruction
 from .jit import native
 from .target import TARGET
 
@@ -87,47 +87,46 @@ def _panel_product(vectors: int, accumulate: bool, skip_zeros: bool = False) -> 
     With `accumulate`, C[i, :] = C[i, :] * factor + sum: the online softmax's rescaling costs no pass of its own.
     With `skip_zeros`, a B[k, lane] of 0 takes nothing from A, be it NaN or infinite.
     """
-    float_vectors = vectors
 
-    @intrinsic
-    def product(typing_context, a, a_row, a_step, b, b_step, steps, c, c_row, factor):
-        signature = types.void(*(types.int64,) * 9)
+    def product(
+        builder: ir.IRBuilder,
+        a: ir.Value,
+        a_row: ir.Value,
+        a_step: ir.Value,
+        b: ir.Value,
+        b_step: ir.Value,
+        steps: ir.Value,
+        c: ir.Value,
+        c_row: ir.Value,
+        factor: ir.Value,
+    ) -> None:
+        a_rows = _strided(builder, a, a_row, TILE_ROWS)
+        zero = emit.constant(0.0, VECTOR)
+        start = [zero] * (TILE_ROWS * vectors)
+        with _counted_loop(builder, steps, start) as (step, sums, following, totals):
+            b_at = builder.add(b, builder.mul(step, b_step))
+            a_offset = builder.mul(step, a_step)
+            row = [emit.load_at(builder, emit.offset(builder, b_at, j * VECTOR_BYTES), VECTOR) for j in range(vectors)]
+            nothing = [builder.fcmp_ordered("==", value, zero) for value in row] if skip_zeros else []
+            for i in range(TILE_ROWS):
+                element = emit.broadcast(builder, emit.load_at(builder, builder.add(a_rows[i], a_offset), F32))
+                for j in range(vectors):
+                    total = sums[i * vectors + j]
+                    more = emit.multiply_add(builder, element, row[j], total)
+                    following.append(builder.select(nothing[j], total, more) if skip_zeros else more)
+        factors = [
+            emit.load_at(builder, emit.offset(builder, factor, j * VECTOR_BYTES), VECTOR)
+            for j in range(vectors if accumulate else 0)
+        ]
+        for i, c_at in enumerate(_strided(builder, c, c_row, TILE_ROWS)):
+            for j in range(vectors):
+                at = emit.offset(builder, c_at, j * VECTOR_BYTES)
+                value = totals[i * vectors + j]
+                if accumulate:
+                    value = emit.multiply_add(builder, emit.load_at(builder, at, VECTOR), factors[j], value)
+                emit.store_at(builder, at, value)
 
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-            a, a_row, a_step, b, b_step, steps, c, c_row, factor = args
-            a_rows = _strided(builder, a, a_row, TILE_ROWS)
-            zero = emit.constant(0.0, VECTOR)
-            start = [zero] * (TILE_ROWS * float_vectors)
-            with _counted_loop(builder, steps, start) as (step, sums, following, totals):
-                b_at = builder.add(b, builder.mul(step, b_step))
-                a_offset = builder.mul(step, a_step)
-                row = [
-                    emit.load_at(builder, emit.offset(builder, b_at, j * VECTOR_BYTES), VECTOR)
-                    for j in range(float_vectors)
-                ]
-                nothing = [builder.fcmp_ordered("==", value, zero) for value in row] if skip_zeros else []
-                for i in range(TILE_ROWS):
-                    element = emit.broadcast(builder, emit.load_at(builder, builder.add(a_rows[i], a_offset), F32))
-                    for j in range(float_vectors):
-                        total = sums[i * float_vectors + j]
-                        more = emit.multiply_add(builder, element, row[j], total)
-                        following.append(builder.select(nothing[j], total, more) if skip_zeros else more)
-            factors = [
-                emit.load_at(builder, emit.offset(builder, factor, j * VECTOR_BYTES), VECTOR)
-                for j in range(float_vectors if accumulate else 0)
-            ]
-            for i, c_at in enumerate(_strided(builder, c, c_row, TILE_ROWS)):
-                for j in range(float_vectors):
-                    at = emit.offset(builder, c_at, j * VECTOR_BYTES)
-                    value = totals[i * float_vectors + j]
-                    if accumulate:
-                        value = emit.multiply_add(builder, emit.load_at(builder, at, VECTOR), factors[j], value)
-                    emit.store_at(builder, at, value)
-            return context.get_dummy_value()
-
-        return signature, codegen
-
-    return product
+    return instruction(types.void, (types.int64,) * 9, product)
 
 
 _multiply = {vectors: _panel_product(vectors, accumulate=False) for vectors in (1, 2, 3)}
@@ -215,80 +214,83 @@ def _score_block(dtype: int, rows: int) -> Any:
     """scores[row, key] = q[row] . k[key] for `rows` rows and LANES / rows keys; keys past `last` repeat key `last`."""
     keys = LANES // rows
 
-    @intrinsic
-    def score(typing_context, k, k_stride, last, ahead, q, q_row, steps, scores, scores_row):
-        signature = types.void(*(types.int64,) * 9)
-
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-            k, k_stride, last, ahead, q, q_row, steps, scores, scores_row = args
-            key_at = []
+    def score(
+        builder: ir.IRBuilder,
+        k: ir.Value,
+        k_stride: ir.Value,
+        last: ir.Value,
+        ahead: ir.Value,
+        q: ir.Value,
+        q_row: ir.Value,
+        steps: ir.Value,
+        scores: ir.Value,
+        scores_row: ir.Value,
+    ) -> None:
+        key_at = []
+        for key in range(keys):
+            wanted = ir.Constant(I64, key)
+            index = builder.select(builder.icmp_signed("<", wanted, last), wanted, last)
+            key_at.append(builder.add(k, builder.mul(index, k_stride)))
+        q_rows = _strided(builder, q, q_row, rows)
+        start = [emit.constant(0.0, VECTOR)] * LANES
+        with _counted_loop(builder, steps, start) as (step, sums, following, totals):
+            element = ir.Constant(I64, LANES * (4 if dtype == FLOAT32 else 2))
+            k_offset = builder.mul(step, element)
+            q_offset = builder.mul(step, ir.Constant(I64, VECTOR_BYTES))
+            queries = [emit.load_at(builder, builder.add(at, q_offset), VECTOR) for at in q_rows]
+            updated: dict[tuple[int, int], ir.Value] = {}
             for key in range(keys):
-                wanted = ir.Constant(I64, key)
-                index = builder.select(builder.icmp_signed("<", wanted, last), wanted, last)
-                key_at.append(builder.add(k, builder.mul(index, k_stride)))
-            q_rows = _strided(builder, q, q_row, rows)
-            start = [emit.constant(0.0, VECTOR)] * LANES
-            with _counted_loop(builder, steps, start) as (step, sums, following, totals):
-                element = ir.Constant(I64, LANES * (4 if dtype == FLOAT32 else 2))
-                k_offset = builder.mul(step, element)
-                q_offset = builder.mul(step, ir.Constant(I64, VECTOR_BYTES))
-                queries = [emit.load_at(builder, builder.add(at, q_offset), VECTOR) for at in q_rows]
-                updated: dict[tuple[int, int], ir.Value] = {}
-                for key in range(keys):
-                    at = builder.add(key_at[key], k_offset)
-                    emit.prefetch(builder, builder.add(at, ahead))
-                    vector = emit.load_widened(builder, at, dtype)
-                    for row in range(rows):
-                        updated[row, key] = emit.multiply_add(builder, queries[row], vector, sums[row * keys + key])
-                following += [updated[row, key] for row in range(rows) for key in range(keys)]
-            result = _horizontal_sums(builder, totals)
-            for row, at in enumerate(_strided(builder, scores, scores_row, rows)):
-                part = emit.shuffle(builder, result, result, list(range(row * keys, (row + 1) * keys)))
-                emit.store_at(builder, at, part)
-            return context.get_dummy_value()
+                at = builder.add(key_at[key], k_offset)
+                emit.prefetch(builder, builder.add(at, ahead))
+                vector = emit.load_widened(builder, at, dtype)
+                for row in range(rows):
+                    updated[row, key] = emit.multiply_add(builder, queries[row], vector, sums[row * keys + key])
+            following += [updated[row, key] for row in range(rows) for key in range(keys)]
+        result = _horizontal_sums(builder, totals)
+        for row, at in enumerate(_strided(builder, scores, scores_row, rows)):
+            part = emit.shuffle(builder, result, result, list(range(row * keys, (row + 1) * keys)))
+            emit.store_at(builder, at, part)
 
-        return signature, codegen
-
-    return score
+    return instruction(types.void, (types.int64,) * 9, score)
 
 
 def _value_block(dtype: int, rows: int, vectors: int) -> Any:
     """out[row, :] += sum over keys of weights[row, key] * v[key, :], for `vectors` vectors of head_dim."""
 
-    @intrinsic
-    def weigh(typing_context, v, v_stride, ahead, weights, weights_row, keys, out, out_row):
-        signature = types.void(*(types.int64,) * 8)
-
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-            v, v_stride, ahead, weights, weights_row, keys, out, out_row = args
-            weight_rows = _strided(builder, weights, weights_row, rows)
-            places = [
-                emit.offset(builder, at, j * VECTOR_BYTES)
-                for at in _strided(builder, out, out_row, rows)
-                for j in range(vectors)
-            ]
-            start = [emit.load_at(builder, at, VECTOR) for at in places]
-            with _counted_loop(builder, keys, start) as (key, sums, following, totals):
-                v_at = builder.add(v, builder.mul(key, v_stride))
-                nbytes = LANES * (4 if dtype == FLOAT32 else 2)
-                for line in range(0, vectors * nbytes, 64):
-                    emit.prefetch(builder, builder.add(emit.offset(builder, v_at, line), ahead))
-                values = [
-                    emit.load_widened(builder, emit.offset(builder, v_at, j * nbytes), dtype) for j in range(vectors)
+    def weigh(
+        builder: ir.IRBuilder,
+        v: ir.Value,
+        v_stride: ir.Value,
+        ahead: ir.Value,
+        weights: ir.Value,
+        weights_row: ir.Value,
+        keys: ir.Value,
+        out: ir.Value,
+        out_row: ir.Value,
+    ) -> None:
+        weight_rows = _strided(builder, weights, weights_row, rows)
+        places = [
+            emit.offset(builder, at, j * VECTOR_BYTES)
+            for at in _strided(builder, out, out_row, rows)
+            for j in range(vectors)
+        ]
+        start = [emit.load_at(builder, at, VECTOR) for at in places]
+        with _counted_loop(builder, keys, start) as (key, sums, following, totals):
+            v_at = builder.add(v, builder.mul(key, v_stride))
+            nbytes = LANES * (4 if dtype == FLOAT32 else 2)
+            for line in range(0, vectors * nbytes, 64):
+                emit.prefetch(builder, builder.add(emit.offset(builder, v_at, line), ahead))
+            values = [emit.load_widened(builder, emit.offset(builder, v_at, j * nbytes), dtype) for j in range(vectors)]
+            weight_offset = builder.mul(key, ir.Constant(I64, 4))
+            for row, at in enumerate(weight_rows):
+                weight = emit.broadcast(builder, emit.load_at(builder, builder.add(at, weight_offset), F32))
+                following += [
+                    emit.multiply_add(builder, weight, values[j], sums[row * vectors + j]) for j in range(vectors)
                 ]
-                weight_offset = builder.mul(key, ir.Constant(I64, 4))
-                for row, at in enumerate(weight_rows):
-                    weight = emit.broadcast(builder, emit.load_at(builder, builder.add(at, weight_offset), F32))
-                    following += [
-                        emit.multiply_add(builder, weight, values[j], sums[row * vectors + j]) for j in range(vectors)
-                    ]
-            for at, total in zip(places, totals, strict=True):
-                emit.store_at(builder, at, total)
-            return context.get_dummy_value()
+        for at, total in zip(places, totals, strict=True):
+            emit.store_at(builder, at, total)
 
-        return signature, codegen
-
-    return weigh
+    return instruction(types.void, (types.int64,) * 8, weigh)
 
 
 def _by_dtype(block: Any, *shape: int) -> tuple[Any, Any, Any]:
@@ -373,25 +375,22 @@ def weigh_values(dtype, rows, v, v_stride, ahead, weights, weights_row, count, o
 # ---- between the two layouts ------------------------------------------------------------------------------------
 
 
-@intrinsic
-def transpose_block(typing_context, source, source_row, target, target_row):
-    """Transpose a block of LANES x LANES float32; source and target do not overlap."""
-    signature = types.void(*(types.int64,) * 4)
+def _transpose(
+    builder: ir.IRBuilder, source: ir.Value, source_row: ir.Value, target: ir.Value, target_row: ir.Value
+) -> None:
+    rows = [emit.load_at(builder, at, VECTOR) for at in _strided(builder, source, source_row, LANES)]
+    half = LANES // 2
+    while half:  # swap the off-diagonal quarters of each square of 2 * half
+        for i in range(LANES):
+            if i & half == 0:
+                a, b = rows[i], rows[i + half]
+                lanes = range(LANES)
+                rows[i] = emit.shuffle(builder, a, b, [x + LANES - half if x & half else x for x in lanes])
+                rows[i + half] = emit.shuffle(builder, a, b, [x + LANES if x & half else x + half for x in lanes])
+        half //= 2
+    for at, row in zip(_strided(builder, target, target_row, LANES), rows, strict=True):
+        emit.store_at(builder, at, row)
 
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        source, source_row, target, target_row = args
-        rows = [emit.load_at(builder, at, VECTOR) for at in _strided(builder, source, source_row, LANES)]
-        half = LANES // 2
-        while half:  # swap the off-diagonal quarters of each square of 2 * half
-            for i in range(LANES):
-                if i & half == 0:
-                    a, b = rows[i], rows[i + half]
-                    lanes = range(LANES)
-                    rows[i] = emit.shuffle(builder, a, b, [x + LANES - half if x & half else x for x in lanes])
-                    rows[i + half] = emit.shuffle(builder, a, b, [x + LANES if x & half else x + half for x in lanes])
-            half //= 2
-        for at, row in zip(_strided(builder, target, target_row, LANES), rows, strict=True):
-            emit.store_at(builder, at, row)
-        return context.get_dummy_value()
 
-    return signature, codegen
+# Transpose a block of LANES x LANES float32: source, its row stride, target, its row stride; they do not overlap.
+transpose_block = instruction(types.void, (types.int64,) * 4, _transpose)

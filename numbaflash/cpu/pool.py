@@ -12,6 +12,7 @@ import threading
 from queue import SimpleQueue
 from typing import Any
 
+import numba
 import numpy as np
 from numba import types
 from numpy.typing import NDArray
@@ -20,12 +21,18 @@ from .jit import kernel
 from .task import ITEMS_DONE, task_at
 from .vector import atomic_load, pause
 
-__all__ = ["run"]
+__all__ = ["run", "thread_count"]
 
 _SPINS = 2000  # pauses of some 40 to 140 cycles: about 50 us
 _NAP_MICROSECONDS = 50
 
-_usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
+_usleep: Any = types.ExternalFunction("usleep", types.int32(types.uint32))
+
+
+def thread_count() -> int:
+    """Threads that a call may use: the CPUs that this process may run on, or NUMBA_NUM_THREADS."""
+    count: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # Numba sets it by its name
+    return count
 
 
 def run(kernel: Any, task: NDArray[Any], scratch_bytes: int, helpers: int, keep_alive: tuple[Any, ...]) -> None:

@@ -76,7 +76,7 @@ def score_tile(task, panel, queries, tile, scores, row_memory):
 
 @native
 def cap_scores(task, start, end):
-    """softcap * tanh(s), in base 2, of the scores from address `start` to `end`, whole vectors."""
+    """Cap scores: softcap * tanh(s), in base 2, for the scores from address `start` to `end`, whole vectors."""
     cap = splat(task.softcap * LOG2E)
     for at in range(start, end, VECTOR_BYTES):
         store(at, mul(cap, tanh(load(at))))

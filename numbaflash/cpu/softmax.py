@@ -18,7 +18,7 @@ __all__ = ["normalize_panel", "normalize_row", "softmax_panel", "start_softmax"]
 
 @native
 def start_softmax(panel, maxima, sums):
-    """m = -inf and l = 0."""
+    """Set m to -inf and l to 0."""
     for lane in range(0, panel.vectors * VECTOR_BYTES, VECTOR_BYTES):
         store(maxima + lane, splat(NEG_INF))
         store(sums + lane, splat(np.float32(0)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,7 +13,7 @@ from .decode import DECODE_SCRATCH, decode, partial_bytes, plan_decode
 from .flash_v1 import V1_SCRATCH, flash_v1
 from .kv import TILE_KEYS
 from .panel import PANEL_BYTES, PANEL_ROWS
-from .pool import run
+from .pool import run, thread_count
 from .prefill import MAX_ITEM_ROWS, PREFILL_SCRATCH, prefill
 from .runs import COUNT, RUN_FIELDS, START, UNBOUNDED, KVRuns, Visibility
 from .standard import STANDARD_SCRATCH, standard_scores, standard_softmax, standard_values
@@ -117,7 +116,7 @@ class _Call:
         self._runs = runs
         self._pairs = sequences * runs.kv_heads
         self._panels = -(-tokens * (q_heads // runs.kv_heads) // PANEL_ROWS)
-        self._keep_alive = (q, visibility, scoring, keep_alive)
+        self._keep_alive: tuple[Any, ...] = (q, visibility, scoring, keep_alive)
         self._task = _describe(q, runs, visibility, scoring, self.out, self.lse)
 
     def flash_v2(self) -> None:
@@ -126,7 +125,7 @@ class _Call:
             self._decode()
             return
         # Several items a thread, so that no thread waits long for the last one.
-        per_item = min(max(self._pairs * self._panels // (4 * _threads()), 1), MAX_ITEM_ROWS // PANEL_ROWS)
+        per_item = min(max(self._pairs * self._panels // (4 * thread_count()), 1), MAX_ITEM_ROWS // PANEL_ROWS)
         self._task["rows_per_item"] = per_item * PANEL_ROWS
         self._run(prefill, PREFILL_SCRATCH, self._pairs * -(-self._panels // per_item))
 
@@ -166,7 +165,7 @@ class _Call:
 
     def _run(self, kernel: Any, scratch_bytes: int, items: int) -> None:
         self._task["items"] = items
-        helpers = min(_threads(), items) - 1 if self._is_worth_sharing() else 0
+        helpers = min(thread_count(), items) - 1 if self._is_worth_sharing() else 0
         references = (self.out, self.lse, self._runs, self._keep_alive)
         run(kernel, self._task, scratch_bytes, helpers, references)
 
@@ -175,7 +174,7 @@ class _Call:
         elements = int(runs.table[:, COUNT].sum()) * (runs.head_dim + runs.value_dim)
         if self._tokens <= SPLIT_KV_MAX_TOKENS and elements * runs.kv_heads * runs.dtype.itemsize > _SHARED_FROM_BYTES:
             return True
-        return elements * self.out.shape[2] * self._tokens > _SHARED_FROM_FMAS
+        return bool(elements * self.out.shape[2] * self._tokens > _SHARED_FROM_FMAS)
 
 
 def _describe(
@@ -231,11 +230,6 @@ def _describe(
         softcap=scoring.softcap,
         **options,
     )
-
-
-def _threads() -> int:
-    count: int = numba.config.NUMBA_NUM_THREADS
-    return count
 
 
 def _readable(array: NDArray[Any]) -> NDArray[Any]:

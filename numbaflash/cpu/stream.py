@@ -1,15 +1,14 @@
-"""Reading memory on all cores and doing nothing else with it: what decode's share of the bandwidth is measured against."""
+"""Reading memory on all cores and doing nothing else: what decode's share of the bandwidth is measured against."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from .jit import kernel
-from .pool import run
+from .pool import run, thread_count
 from .task import make_task, report_item, take_item, task_at
 from .vector import LANES, add, horizontal_sum, load, splat, store_float
 
@@ -24,7 +23,7 @@ def read_memory(array: NDArray[Any]) -> None:
     items = array.nbytes // _ITEM_BYTES
     sums = np.empty(items, np.float32)
     task = make_task(items=items, q=array.ctypes.data, out=sums.ctypes.data)
-    run(_stream, task, 0, min(numba.config.NUMBA_NUM_THREADS, items) - 1, (array, sums))
+    run(_stream, task, 0, min(thread_count(), items) - 1, (array, sums))
 
 
 @kernel

@@ -6,10 +6,11 @@ import struct
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import from_dtype, types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from .intrinsics import instruction
 from .jit import native
 from .vector import atomic_add
 
@@ -40,8 +41,6 @@ TASK = np.dtype([(name, np.int64) for name in _INTEGERS] + [("scale", np.float32
 _PACKED = struct.Struct(f"={len(_INTEGERS)}q2f")
 NEXT_ITEM, ITEMS_DONE = (8 * _INTEGERS.index(name) for name in ("next_item", "items_done"))
 
-_RECORD = from_dtype(TASK)
-
 
 def make_task(*, scale: float = 0.0, softcap: float = 0.0, **integers: int) -> NDArray[Any]:
     """One TASK record; fields that are not named are 0."""
@@ -51,14 +50,11 @@ def make_task(*, scale: float = 0.0, softcap: float = 0.0, **integers: int) -> N
     return np.frombuffer(bytearray(_PACKED.pack(*values, scale, softcap)), TASK)
 
 
-@intrinsic
-def task_at(typing_context, address):
-    """The TASK record at an address."""
+def _task_at(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    return builder.inttoptr(address, ir.ArrayType(ir.IntType(8), TASK.itemsize).as_pointer())
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(_RECORD))
 
-    return _RECORD(types.int64), codegen
+task_at = instruction(from_dtype(TASK), (types.int64,), _task_at)  # the record at an address
 
 
 @native

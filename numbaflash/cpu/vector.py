@@ -6,16 +6,16 @@ reassociated, and NaN and infinities keep their meaning. Memory is addressed by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
+from numba.extending import models, register_model
 
 from . import emit
 from .emit import BFLOAT16, FLOAT16, FLOAT32, I32, I64, LANES, VECTOR
+from .intrinsics import Emitter, instruction
 from .target import TARGET
 
 __all__ = [
@@ -90,33 +90,6 @@ class _MaskModel(models.PrimitiveModel):
         super().__init__(manager, numba_type, ir.VectorType(ir.IntType(1), LANES))
 
 
-Emitter = Callable[..., ir.Value]
-
-
-def _instruction(result: types.Type, operands: tuple[types.Type, ...], emitter: Emitter) -> Any:
-    """A function of `operands` in compiled code, made of what `emitter(builder, *operands)` emits."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        value = emitter(builder, *args)
-        return context.get_dummy_value() if result == types.void else value
-
-    signature = result(*operands)
-
-    def typed0(typing_context):
-        return signature, codegen
-
-    def typed1(typing_context, a):
-        return signature, codegen
-
-    def typed2(typing_context, a, b):
-        return signature, codegen
-
-    def typed3(typing_context, a, b, c):
-        return signature, codegen
-
-    return intrinsic((typed0, typed1, typed2, typed3)[len(operands)])
-
-
 # ---- arithmetic -------------------------------------------------------------------------------------------------
 
 
@@ -141,25 +114,25 @@ def _power_of_two(builder: ir.IRBuilder, a: ir.Value) -> ir.Value:
 
 _ONE, _TWO, _THREE = (FloatVector,), (FloatVector,) * 2, (FloatVector,) * 3
 
-add = _instruction(FloatVector, _TWO, lambda builder, a, b: builder.fadd(a, b))
-sub = _instruction(FloatVector, _TWO, lambda builder, a, b: builder.fsub(a, b))
-mul = _instruction(FloatVector, _TWO, lambda builder, a, b: builder.fmul(a, b))
-div = _instruction(FloatVector, _TWO, lambda builder, a, b: builder.fdiv(a, b))
-fma = _instruction(FloatVector, _THREE, emit.multiply_add)
-maximum = _instruction(FloatVector, _TWO, _larger)  # a where a > b, else b: a NaN in b stays
-minimum = _instruction(FloatVector, _TWO, _smaller)  # a where a < b, else b: a NaN in b stays
-absolute = _instruction(FloatVector, _ONE, _absolute)
-power_of_two = _instruction(FloatVector, _ONE, _power_of_two)  # 2^n from the n in each lane's lowest bits; n = -127: 0
+add = instruction(FloatVector, _TWO, lambda builder, a, b: builder.fadd(a, b))
+sub = instruction(FloatVector, _TWO, lambda builder, a, b: builder.fsub(a, b))
+mul = instruction(FloatVector, _TWO, lambda builder, a, b: builder.fmul(a, b))
+div = instruction(FloatVector, _TWO, lambda builder, a, b: builder.fdiv(a, b))
+fma = instruction(FloatVector, _THREE, emit.multiply_add)
+maximum = instruction(FloatVector, _TWO, _larger)  # a where a > b, else b: a NaN in b stays
+minimum = instruction(FloatVector, _TWO, _smaller)  # a where a < b, else b: a NaN in b stays
+absolute = instruction(FloatVector, _ONE, _absolute)
+power_of_two = instruction(FloatVector, _ONE, _power_of_two)  # 2^n from the n in each lane's lowest bits; n = -127: 0
 
-less = _instruction(Mask, _TWO, lambda builder, a, b: builder.fcmp_ordered("<", a, b))
-less_equal = _instruction(Mask, _TWO, lambda builder, a, b: builder.fcmp_ordered("<=", a, b))
-equal = _instruction(Mask, _TWO, lambda builder, a, b: builder.fcmp_ordered("==", a, b))
-both = _instruction(Mask, (Mask, Mask), lambda builder, a, b: builder.and_(a, b))
-either = _instruction(Mask, (Mask, Mask), lambda builder, a, b: builder.or_(a, b))
-where = _instruction(FloatVector, (Mask, *_TWO), lambda builder, mask, a, b: builder.select(mask, a, b))
+less = instruction(Mask, _TWO, lambda builder, a, b: builder.fcmp_ordered("<", a, b))
+less_equal = instruction(Mask, _TWO, lambda builder, a, b: builder.fcmp_ordered("<=", a, b))
+equal = instruction(Mask, _TWO, lambda builder, a, b: builder.fcmp_ordered("==", a, b))
+both = instruction(Mask, (Mask, Mask), lambda builder, a, b: builder.and_(a, b))
+either = instruction(Mask, (Mask, Mask), lambda builder, a, b: builder.or_(a, b))
+where = instruction(FloatVector, (Mask, *_TWO), lambda builder, mask, a, b: builder.select(mask, a, b))
 
-splat = _instruction(FloatVector, (types.float32,), emit.broadcast)
-lane_numbers = _instruction(FloatVector, (), lambda builder: ir.Constant(VECTOR, [float(i) for i in range(LANES)]))
+splat = instruction(FloatVector, (types.float32,), emit.broadcast)
+lane_numbers = instruction(FloatVector, (), lambda _: ir.Constant(VECTOR, [float(i) for i in range(LANES)]))
 
 
 def _fold(builder: ir.IRBuilder, value: ir.Value, combine: Emitter) -> ir.Value:
@@ -171,28 +144,26 @@ def _fold(builder: ir.IRBuilder, value: ir.Value, combine: Emitter) -> ir.Value:
     return builder.extract_element(value, ir.Constant(I32, 0))
 
 
-horizontal_max = _instruction(types.float32, _ONE, lambda builder, a: _fold(builder, a, _larger))
-horizontal_sum = _instruction(types.float32, _ONE, lambda builder, a: _fold(builder, a, lambda b, x, y: b.fadd(x, y)))
+horizontal_max = instruction(types.float32, _ONE, lambda builder, a: _fold(builder, a, _larger))
+horizontal_sum = instruction(types.float32, _ONE, lambda builder, a: _fold(builder, a, lambda b, x, y: b.fadd(x, y)))
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------
 
 
 def _vector_load(dtype: int) -> Any:
-    return _instruction(
-        FloatVector, (types.int64,), lambda builder, address: emit.load_widened(builder, address, dtype)
-    )
+    return instruction(FloatVector, (types.int64,), lambda builder, address: emit.load_widened(builder, address, dtype))
 
 
 def _vector_store(dtype: int) -> Any:
     def emitter(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> None:
         emit.store_narrowed(builder, address, value, dtype)
 
-    return _instruction(types.void, (types.int64, FloatVector), emitter)
+    return instruction(types.void, (types.int64, FloatVector), emitter)
 
 
 def _scalar_load(dtype: int) -> Any:
-    return _instruction(
+    return instruction(
         types.float32, (types.int64,), lambda builder, address: emit.load_widened(builder, address, dtype, lanes=1)
     )
 
@@ -201,7 +172,7 @@ def _scalar_store(dtype: int) -> Any:
     def emitter(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> None:
         emit.store_narrowed(builder, address, value, dtype)
 
-    return _instruction(types.void, (types.int64, types.float32), emitter)
+    return instruction(types.void, (types.int64, types.float32), emitter)
 
 
 # float16 and bfloat16 become float32 in the register, and are rounded to nearest even on the way back.
@@ -213,14 +184,6 @@ store_float, store_one_float16, store_one_bfloat16 = map(_scalar_store, (FLOAT32
 
 def _load_byte(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
     return builder.zext(emit.load_at(builder, address, ir.IntType(8), align=1), I64)
-
-
-def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    pointer = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    read, keep, data = ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)
-    builder.call(function, [builder.inttoptr(address, pointer), read, keep, data])
 
 
 def _atomic_add(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> ir.Value:
@@ -237,9 +200,9 @@ def _pause(builder: ir.IRBuilder) -> None:
     builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
 
 
-load_int = _instruction(types.int64, (types.int64,), lambda builder, address: emit.load_at(builder, address, I64, 8))
-load_byte = _instruction(types.int64, (types.int64,), _load_byte)
-prefetch = _instruction(types.void, (types.int64,), _prefetch)
-atomic_add = _instruction(types.int64, (types.int64, types.int64), _atomic_add)  # returns the value before
-pause = _instruction(types.void, (), _pause)  # tells the core that this is a spin loop
-atomic_load = _instruction(types.int64, (types.int64,), _atomic_load)
+load_int = instruction(types.int64, (types.int64,), lambda builder, address: emit.load_at(builder, address, I64, 8))
+load_byte = instruction(types.int64, (types.int64,), _load_byte)
+prefetch = instruction(types.void, (types.int64,), emit.prefetch)
+atomic_add = instruction(types.int64, (types.int64, types.int64), _atomic_add)  # returns the value before
+pause = instruction(types.void, (), _pause)  # tells the core that this is a spin loop
+atomic_load = instruction(types.int64, (types.int64,), _atomic_load)

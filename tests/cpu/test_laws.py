@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from numbaflash import cpu, problem, reference
-from numbaflash.cpu import KVRuns, Visibility, solve as entry
+from numbaflash.cpu import KVRuns, Visibility
+from numbaflash.cpu import solve as entry
 from numbaflash.problem import Scoring
 
 from .inputs import BFLOAT16, FLOAT16, FLOAT32, assert_close, qkv, solve
@@ -92,7 +93,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(q_tokens: int, monkeypatch:
     q, k, v = qkv(2, q_tokens, 3000, (4, 2), (64, 64))
     results = []
     for threads in (1, 2, 5):
-        monkeypatch.setattr(entry, "_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(entry, "thread_count", lambda threads=threads: threads)
         results.append(solve(q, k, v, causal=True))
     for out, lse in results[1:]:
         np.testing.assert_array_equal(out, results[0][0])
