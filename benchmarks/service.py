@@ -1,9 +1,9 @@
 """What the service costs beside the kernel: `python benchmarks/service.py [--target HOST:PORT] [--json]`.
 
-Starts a server in a process of its own (or takes `--target`) and steps a session over the loopback. A row is one kind of
-call; its time is the client's, from arrays to arrays, less the time that the server computed. The peer is an empty gRPC
-service in another process that echoes messages of the same sizes over the same kind of call: what gRPC for Python costs
-by itself, in the same run. Medians; rows are measured in turns, so that a busy moment of the machine meets them all.
+Starts a server in a process of its own (or takes `--target`) and steps a session over the loopback. A row is one kind
+of call; its time is the client's, from arrays to arrays, less the time that the server computed. The peer is an empty
+gRPC service in another process that echoes messages of the same sizes over the same kind of call: what gRPC for Python
+costs by itself, in the same run. Rows are measured in turns, so that a busy moment of the machine meets them all.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from .errors import ServiceError
 from .replies import encode_answer, encode_error
 from .v1 import attention_pb2 as pb
 
-Submit: TypeAlias = Callable[[pb.StepRequest, memoryview, object, Callable[[Outcome], None]], Step]
+Submit: TypeAlias = Callable[[wire.Parts[pb.StepRequest], object, Callable[[Outcome], None]], Step]
 
 
 @dataclass(eq=False, slots=True)
@@ -92,8 +92,9 @@ class AttendStream:
     def _begin(self, received: bytes) -> None:
         entry = _InFlight(pb.StepRequest())
         try:
-            entry.request, payload = wire.decode_step(pb.StepRequest, received)
-            entry.step = self._submit(entry.request, payload, self, partial(self._settle, entry))
+            parts = wire.decode_step(pb.StepRequest, received)
+            entry.request = parts.head
+            entry.step = self._submit(parts, self, partial(self._settle, entry))
         except ServiceError as error:
             entry.outcome = error
         self._pending.setdefault(entry.request.session_id, deque()).append(entry)

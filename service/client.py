@@ -378,45 +378,39 @@ class Session:
         self, layer: int, arrays: dict[str, NDArray[Any]], options: _Options, timeout: float | None
     ) -> dict[str, NDArray[Any]]:
         """Send one message until it is answered; return the tensors of the answer, views of no alignment."""
-        descriptors, payload = wire.describe({**arrays, **options.arrays})
-        head = pb.StepRequest(
-            session_id=self.id,
-            layer=layer,
-            position=self._lengths[layer],
-            options=options.message,
-            tensors=descriptors,
-        )
-        head.request_id = self._request_id(layer, head, payload)
-        request = wire.encode_step(head, payload)
+        tensors = {**arrays, **options.arrays}
+        head = pb.StepRequest(session_id=self.id, layer=layer, position=self._lengths[layer], options=options.message)
+        head.request_id = self._request_id(layer, head, tensors)
+        request = wire.encode_step(head, tensors)
         method = "Decode" if len(next(iter(arrays.values()))) == 1 else "Prefill"
 
-        def attempt(seconds: float) -> tuple[pb.StepResponse, memoryview]:
+        def attempt(seconds: float) -> wire.Parts[pb.StepResponse]:
             stream = self._stream
             answer = stream.exchange(request, seconds) if stream else self._calls(method, request, seconds)
-            answer_head, answer_payload = wire.decode_step(pb.StepResponse, answer)
-            if answer_head.HasField("error"):
-                raise from_status(status_pb2.Status.FromString(answer_head.error.SerializeToString()))
-            if answer_head.request_id != head.request_id:
+            parts = wire.decode_step(pb.StepResponse, answer)
+            if parts.head.HasField("error"):
+                raise from_status(status_pb2.Status.FromString(parts.head.error.SerializeToString()))
+            if parts.head.request_id != head.request_id:
                 raise ServiceError("the server answered another step", code=grpc.StatusCode.INTERNAL)
-            return answer_head, answer_payload
+            return parts
 
         try:
-            answer_head, answer_payload = self._client.retry.run(attempt, timeout or self._client.timeout)
+            parts = self._client.retry.run(attempt, timeout or self._client.timeout)
         except ServiceError:
-            self._unanswered[layer] = head.request_id, _digest(head, payload)
+            self._unanswered[layer] = head.request_id, _digest(head, tensors)
             raise
-        self._lengths[layer] = answer_head.position
-        self._firsts[layer] = answer_head.first
-        self.kernel_seconds += answer_head.kernel_ns / 1e9
-        return wire.tensors(answer_head.tensors, answer_payload)
+        self._lengths[layer] = parts.head.position
+        self._firsts[layer] = parts.head.first
+        self.kernel_seconds += parts.head.kernel_ns / 1e9
+        return wire.answer_layout(parts.form, len(parts.payload)).views(parts.payload)
 
-    def _request_id(self, layer: int, head: pb.StepRequest, payload: list[bytes | memoryview]) -> str:
+    def _request_id(self, layer: int, head: pb.StepRequest, tensors: dict[str, NDArray[Any]]) -> str:
         """Name a step: as before where the caller sends the one again that got no answer, else anew."""
         unanswered = self._unanswered.pop(layer, None)
         if unanswered:
             request_id, digest = unanswered
             head.request_id = request_id
-            if _digest(head, payload) == digest:
+            if _digest(head, tensors) == digest:
                 return request_id
         return secrets.token_hex(8)
 
@@ -459,8 +453,5 @@ def _float32(name: str, value: Any) -> NDArray[np.float32]:
     return array.astype(np.float32)
 
 
-def _digest(head: pb.StepRequest, payload: list[bytes | memoryview]) -> bytes:
-    digest = hashlib.blake2b(head.SerializeToString(deterministic=True), digest_size=16)
-    for piece in payload:
-        digest.update(piece)
-    return digest.digest()
+def _digest(head: pb.StepRequest, tensors: dict[str, NDArray[Any]]) -> bytes:
+    return hashlib.blake2b(wire.encode_step(head, tensors), digest_size=16).digest()

@@ -26,6 +26,7 @@ from numbaflash import RingKVCache
 from .errors import BadTensorError, ExhaustedError, PositionMismatchError, QueueFullError, ServiceError
 from .replay import Answer, Answers
 from .sessions import Session
+from .validation import StepForm
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +57,8 @@ class Step:
         layer: Which layer of it.
         position: Tokens that the client believes the layer holds.
         request_id: The client's name for the step; may be empty.
-        tensors: "q" (T, Hq, D), "k" and "v" (T, Hkv, D), or the last two, or the first. Need not be aligned in memory.
-        options: Keyword arguments of `RingKVCache.step`.
-        nbytes: Bytes that the step holds while it waits.
+        form: Its tensors' shapes and its options.
+        payload: Its tensors' bytes.
         deadline: On the clock of `time.monotonic`; None: whenever.
         settle: Gets what comes of the step, on the event loop: `Done`, or the error, or None where it was taken back.
         taken_back: Nobody wants the step any more; it is left out if it has not started.
@@ -68,9 +68,8 @@ class Step:
     layer: int
     position: int
     request_id: str
-    tensors: dict[str, NDArray[Any]]
-    options: dict[str, Any]
-    nbytes: int
+    form: StepForm
+    payload: memoryview
     deadline: float | None
     settle: Callable[[Outcome], None]
     taken_back: bool = False
@@ -81,11 +80,6 @@ class Step:
         """The session's cache."""
         assert self.session.cache is not None
         return self.session.cache
-
-    @property
-    def tokens(self) -> int:
-        """New tokens."""
-        return len(next(iter(self.tensors.values())))
 
 
 class Engine:
@@ -126,11 +120,11 @@ class Engine:
         """
         if self.steps >= self._max_steps:
             raise QueueFullError(f"{self.steps} steps are waiting, the most that may", retry_after=0.05)
-        if self.nbytes and self.nbytes + step.nbytes > self._max_bytes:
+        if self.nbytes and self.nbytes + len(step.payload) > self._max_bytes:
             raise QueueFullError(f"steps of {self.nbytes} bytes are waiting, the most that may", retry_after=0.05)
         step.session.begin_step(writer)
         self.steps += 1
-        self.nbytes += step.nbytes
+        self.nbytes += len(step.payload)
         self._inbox.put(step)
 
     async def call(self, function: Callable[[], T]) -> T:
@@ -172,7 +166,7 @@ class Engine:
         """Move what has arrived to `waiting`, which then holds something at least."""
         if not waiting:
             waiting.append(self._inbox.get())
-        if self._batch_wait and isinstance(waiting[0], Step) and waiting[0].tokens < self._small:
+        if self._batch_wait and isinstance(waiting[0], Step) and waiting[0].form.tokens < self._small:
             until = waiting[0].arrived_ns / 1e9 + self._batch_wait
             while len(waiting) < self._max_batch and (left := until - time.perf_counter_ns() / 1e9) > 0:
                 try:
@@ -208,11 +202,10 @@ class Engine:
 
     def _kind(self, step: Step) -> tuple[object, ...] | None:
         """What steps must have in common to be computed together; None: computed alone."""
-        if len(step.tensors) != 3 or step.tokens >= self._small or any(map(_is_array, step.options.values())):
+        form = step.form
+        if form.tokens >= self._small or form.arrays or len(form.layout.tensors) != 3:
             return None
-        q, k = step.tensors["q"], step.tensors["k"]
-        shape = step.session.shape
-        return step.layer, q.shape, k.shape, q.dtype, shape.dtype, *step.options.items()
+        return step.layer, form.alike
 
     def _compute(self, batch: list[Step]) -> list[tuple[Step, Outcome]]:
         """Take steps; what comes back for each is None where it was taken back before."""
@@ -274,28 +267,33 @@ class Engine:
 
     def _launch(self, steps: list[Step]) -> list[tuple[Step, Outcome]]:
         """Compute steps that are ready, in one launch."""
-        first = steps[0]
-        if len(first.tensors) == 3:
-            self._answers.make_room(sum(step.tensors["q"].nbytes for step in steps))
-        names = list(first.tensors)
+        self._answers.make_room(sum(step.form.out_nbytes for step in steps))
         self._scratch.clear()
-        stacked = [self._scratch.stack([step.tensors[name] for step in steps]) for name in names]
-        started = time.perf_counter_ns()
         outs: list[NDArray[Any] | None]
         if len(steps) > 1:
-            caches = [step.cache for step in steps]
-            batch_out = numbaflash.attention_batch(caches, first.layer, *stacked, **first.options)
+            stacked, options = self._stack(steps)
+            started = time.perf_counter_ns()
+            out = numbaflash.attention_batch([step.cache for step in steps], steps[0].layer, **stacked, **options)
             # Each answer its own memory: one that is kept must not keep the others.
-            outs = [out.copy() for out in batch_out]
+            outs = [row.copy() for row in out]
         else:
-            cache = first.cache
-            method = cache.step if len(names) == 3 else cache.append if "k" in names else cache.attend
-            outs = [method(first.layer, *(array[0] for array in stacked), **first.options)]
+            (step,) = steps
+            tensors, options = step.form.arguments(self._scratch.align(step.payload))
+            cache = step.cache
+            method = cache.step if len(tensors) == 3 else cache.append if "k" in tensors else cache.attend
+            started = time.perf_counter_ns()
+            outs = [method(step.layer, **tensors, **options)]
         kernel_ns = time.perf_counter_ns() - started
         return [
             (step, Done(self._keep(step, out), False, started - step.arrived_ns, kernel_ns, len(steps)))
             for step, out in zip(steps, outs, strict=True)
         ]
+
+    def _stack(self, steps: list[Step]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Put steps that are alike next to each other: (N, T, heads, D), and the options that they share."""
+        arguments = [step.form.arguments(step.payload) for step in steps]
+        stacked = {name: self._scratch.stack([tensors[name] for tensors, _ in arguments]) for name in arguments[0][0]}
+        return stacked, arguments[0][1]
 
     def _keep(self, step: Step, out: NDArray[Any] | None) -> Answer:
         session, cache = step.session, step.cache
@@ -313,7 +311,7 @@ class Engine:
     def _deliver(self, outcomes: list[tuple[Step, Outcome]]) -> None:
         for step, outcome in outcomes:
             self.steps -= 1
-            self.nbytes -= step.nbytes
+            self.nbytes -= len(step.payload)
             step.session.end_step()
             step.settle(outcome)
 
@@ -329,17 +327,24 @@ class _Scratch:
         """Give up everything handed out before."""
         self._used = 0
 
+    def align(self, payload: memoryview) -> NDArray[np.uint8]:
+        """Copy a payload to an aligned address."""
+        memory = self._take(len(payload))
+        memory[:] = np.frombuffer(payload, np.uint8)
+        return memory
+
     def stack(self, arrays: list[NDArray[Any]]) -> NDArray[Any]:
         """Copy arrays of one shape and dtype next to each other, on an aligned address."""
-        nbytes = len(arrays) * arrays[0].nbytes
+        first = arrays[0]
+        stacked = self._take(len(arrays) * first.nbytes).view(first.dtype).reshape(len(arrays), *first.shape)
+        return np.stack(arrays, out=stacked)
+
+    def _take(self, nbytes: int) -> NDArray[np.uint8]:
         if self._used + nbytes > len(self._memory):
             self._grow(nbytes)
-        memory = self._memory[self._used : self._used + nbytes]
+        start = self._used
         self._used += nbytes + -nbytes % _ALIGNMENT
-        stacked = memory.view(arrays[0].dtype).reshape(len(arrays), *arrays[0].shape)
-        for place, array in zip(stacked, arrays, strict=True):
-            place[...] = array
-        return stacked
+        return self._memory[start : start + nbytes]
 
     def _grow(self, nbytes: int) -> None:
         # What was handed out keeps the old memory alive.
@@ -357,7 +362,3 @@ def resolve(future: asyncio.Future[Any], outcome: object) -> None:
         future.set_exception(outcome)
     else:
         future.set_result(outcome)
-
-
-def _is_array(value: object) -> bool:
-    return isinstance(value, np.ndarray)

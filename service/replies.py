@@ -22,11 +22,7 @@ def encode_answer(request: pb.StepRequest, done: Done) -> bytes:
         kernel_ns=done.kernel_ns,
         batch_size=done.batch_size,
     )
-    if answer.out is None:
-        return wire.encode_step(head, ())
-    descriptors, pieces = wire.describe({"out": answer.out})
-    head.tensors.extend(descriptors)
-    return wire.encode_step(head, pieces)
+    return wire.encode_step(head, {} if answer.out is None else {"out": answer.out})
 
 
 def encode_error(request: pb.StepRequest, error: ServiceError) -> bytes:
@@ -38,4 +34,4 @@ def encode_error(request: pb.StepRequest, error: ServiceError) -> bytes:
         request_id=request.request_id,
         error=pb.Status(code=status.code, message=status.message, details=status.details),
     )
-    return wire.encode_step(head, ())
+    return wire.encode_step(head, {})

@@ -174,13 +174,13 @@ class AttentionServicer:
         return response.SerializeToString()
 
     async def _step(self, wire_request: bytes, context: Context) -> bytes:
-        request, payload = wire.decode_step(pb.StepRequest, wire_request)
+        parts = wire.decode_step(pb.StepRequest, wire_request)
         remaining = context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining
         done: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
-        step = self.submit(request, payload, context, partial(resolve, done), deadline)
+        step = self.submit(parts, context, partial(resolve, done), deadline)
         try:
-            return encode_answer(request, await done)
+            return encode_answer(parts.head, await done)
         finally:
             step.taken_back = True  # where the caller has gone; else it makes no difference any more
 
@@ -207,8 +207,7 @@ class AttentionServicer:
 
     def submit(
         self,
-        request: pb.StepRequest,
-        payload: memoryview,
+        parts: wire.Parts[pb.StepRequest],
         writer: object,
         settle: Callable[[Outcome], None],
         deadline: float | None = None,
@@ -216,8 +215,7 @@ class AttentionServicer:
         """Check a step of a call or stream and queue it.
 
         Args:
-            request: Its head.
-            payload: Its tensors' bytes.
+            parts: The step.
             writer: The call or stream.
             settle: Gets what comes of the step.
             deadline: On the clock of `time.monotonic`; None: whenever.
@@ -226,16 +224,16 @@ class AttentionServicer:
             ServiceError: It is refused.
         """
         self._refuse_when_draining()
+        request = parts.head
         session = self._table.get(request.session_id)
-        arguments = validation.step(request, payload, session.shape)
+        validation.step_head(request, session.shape)
         step = Step(
             session=session,
             layer=request.layer,
             position=request.position,
             request_id=request.request_id,
-            tensors=arguments.tensors,
-            options=arguments.options,
-            nbytes=len(payload),
+            form=validation.step_form(parts.form, len(parts.payload), session.shape),
+            payload=parts.payload,
             deadline=deadline,
             settle=settle,
         )

@@ -6,8 +6,9 @@ Each function takes a message and returns checked values, or raises `BadTensorEr
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
@@ -28,17 +29,31 @@ _DEFAULT_ROLLBACK: Final = 64
 _MAX_ROLLBACK: Final = 1 << 16
 
 
-@dataclass(frozen=True, eq=False)
-class StepArguments:
-    """What `RingKVCache.step`, `append` or `attend` is called with.
+@dataclass(frozen=True)
+class StepForm:
+    """What all steps of one form have in common, every value checked; only the numbers in the tensors differ.
 
     Attributes:
-        tensors: "q", "k" and "v"; or "k" and "v"; or "q".
-        options: Keyword arguments.
+        layout: Where "q" (T, Hq, D), "k" and "v" (T, Hkv, D) lie, or the last two, or the first; and array options.
+        tokens: T.
+        out_nbytes: Bytes of the output.
+        numbers: Options of `RingKVCache.step` that are numbers.
+        arrays: Names of those that are arrays.
+        alike: Steps of different sessions can be computed together where this is equal.
     """
 
-    tensors: dict[str, NDArray[Any]]
-    options: dict[str, Any]
+    layout: wire.Layout
+    tokens: int
+    out_nbytes: int
+    numbers: Mapping[str, float]
+    arrays: tuple[str, ...]
+    alike: tuple[object, ...]
+
+    def arguments(self, payload: memoryview | NDArray[np.uint8]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the tensors, and the options, as views into a step's payload."""
+        tensors = self.layout.views(payload)
+        options = {name: tensors.pop(name) for name in self.arrays}
+        return tensors, {**options, **self.numbers}
 
 
 def session_shape(message: pb.SessionShape) -> Shape:
@@ -83,73 +98,99 @@ def time_to_live(message: Duration, longest: float) -> float:
     return seconds
 
 
-def step(request: pb.StepRequest, payload: memoryview, shape: Shape) -> StepArguments:
-    """Check a step against the session that it is for."""
+def step_head(request: pb.StepRequest, shape: Shape) -> None:
+    """Check what a step says of itself beside its form."""
     if request.layer >= shape.num_layers:
         raise BadTensorError("layer", f"got {request.layer}; takes 0 to {shape.num_layers - 1}")
     if len(request.request_id.encode()) > MAX_REQUEST_ID_BYTES:
         raise BadTensorError("request_id", f"got more than {MAX_REQUEST_ID_BYTES} bytes")
-    arrays = wire.tensors(request.tensors, payload)
-    fields = {desc.name: f"tensors[{i}]" for i, desc in enumerate(request.tensors)}
-    for name in arrays.keys() - {"q", "k", "v", "alibi_slopes", "sink_logits"}:
-        raise BadTensorError(f"{fields[name]}.name", f"got {name[:32]!r}; takes q, k, v, alibi_slopes and sink_logits")
-    given: dict[str, NDArray[Any]] = {name: arrays[name] for name in ("q", "k", "v") if name in arrays}
-    if tuple(given) not in (("q", "k", "v"), ("k", "v"), ("q",)):
+
+
+@wire.remember_forms
+def step_form(form: bytes, payload_bytes: int, shape: Shape) -> StepForm:
+    """Check options and tensors of a step against the session that it is for."""
+    request = wire.decode(pb.StepRequest, form)
+    layout = wire.read_layout(request.tensors, payload_bytes)
+    tensors = {
+        name: _Tensor(f"tensors[{i}]", dtype, tensor_shape)
+        for i, (name, dtype, tensor_shape, _) in enumerate(layout.tensors)
+    }
+    arrays = tuple(name for name in tensors if name in ("alibi_slopes", "sink_logits"))
+    for name in tensors.keys() - {"q", "k", "v", *arrays}:
+        field = tensors[name].field
+        raise BadTensorError(f"{field}.name", f"got {name[:32]!r}; takes q, k, v, alibi_slopes and sink_logits")
+    given = {name: tensors[name] for name in ("q", "k", "v") if name in tensors}
+    if list(given) not in (["q", "k", "v"], ["k", "v"], ["q"]):
         raise BadTensorError("tensors", f"got {', '.join(given) or 'none'}; takes q, k and v, or k and v, or q")
-    for name, array in given.items():
-        _check_tensor(name, array, fields[name], given, shape)
-    if "q" not in given:
-        for name in arrays.keys() - given.keys():
-            raise BadTensorError(f"{fields[name]}.name", f"{name} is an option of q, and there is no q")
-        return StepArguments(given, {})
-    return StepArguments(given, _options(request, arrays, fields))
-
-
-def _check_tensor(name: str, array: NDArray[Any], field: str, given: dict[str, NDArray[Any]], shape: Shape) -> None:
     first_name, first = next(iter(given.items()))
-    if array.dtype != first.dtype:
-        raise BadTensorError(f"{field}.dtype", f"{name} has {array.dtype}; takes {first_name}'s, {first.dtype}")
-    if array.ndim != 3:
-        raise BadTensorError(f"{field}.shape", f"{name} has {array.shape}; takes (tokens, heads, head_dim)")
-    tokens, heads, head_dim = array.shape
+    for name, tensor in given.items():
+        if tensor.dtype != first.dtype:
+            raise BadTensorError(
+                f"{tensor.field}.dtype", f"{name} has {tensor.dtype}; takes {first_name}'s, {first.dtype}"
+            )
+        _check_tensor(name, tensor, shape)
+        if tensor.shape[0] != first.shape[0]:
+            raise BadTensorError(
+                f"{tensor.field}.shape", f"{name} has {tensor.shape[0]} tokens; takes {first_name}'s, {first.shape[0]}"
+            )
+    for name in arrays:
+        _check_option(name, tensors[name], given.get("q"))
+    numbers = _numbers(request.options)
+    return StepForm(
+        layout=layout,
+        tokens=first.shape[0],
+        out_nbytes=math.prod(first.shape) * first.dtype.itemsize if "q" in given else 0,
+        numbers=numbers,
+        arrays=arrays,
+        alike=(*((name, tensor.shape) for name, tensor in given.items()), first.dtype, shape.dtype, *numbers.items()),
+    )
+
+
+class _Tensor(NamedTuple):
+    field: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+def _check_tensor(name: str, tensor: _Tensor, shape: Shape) -> None:
+    field = f"{tensor.field}.shape"
+    if len(tensor.shape) != 3:
+        raise BadTensorError(field, f"{name} has {tensor.shape}; takes (tokens, heads, head_dim)")
+    _, heads, head_dim = tensor.shape
     if head_dim != shape.head_dim:
-        raise BadTensorError(f"{field}.shape", f"{name} has head_dim {head_dim}; the session has {shape.head_dim}")
-    if tokens != len(first):
-        raise BadTensorError(f"{field}.shape", f"{name} has {tokens} tokens; takes {first_name}'s, {len(first)}")
+        raise BadTensorError(field, f"{name} has head_dim {head_dim}; the session has {shape.head_dim}")
     if name != "q":
         if heads != shape.num_kv_heads:
-            raise BadTensorError(f"{field}.shape", f"{name} has {heads} heads; the session has {shape.num_kv_heads}")
+            raise BadTensorError(field, f"{name} has {heads} heads; the session has {shape.num_kv_heads}")
     elif shape.num_q_heads and heads != shape.num_q_heads:
-        raise BadTensorError(f"{field}.shape", f"q has {heads} heads; the session has {shape.num_q_heads}")
+        raise BadTensorError(field, f"q has {heads} heads; the session has {shape.num_q_heads}")
     elif heads % shape.num_kv_heads or heads > MAX_HEADS:
         raise BadTensorError(
-            f"{field}.shape",
+            field,
             f"q has {heads} heads; takes a multiple of the session's {shape.num_kv_heads} kv heads, up to {MAX_HEADS}",
         )
 
 
-def _options(request: pb.StepRequest, arrays: dict[str, NDArray[Any]], fields: dict[str, str]) -> dict[str, Any]:
-    options = dict[str, Any]()
-    if request.options.HasField("scale"):
-        if not math.isfinite(request.options.scale):
-            raise BadTensorError("options.scale", f"got {request.options.scale}; takes finite numbers")
-        options["scale"] = request.options.scale
-    if request.options.softcap:
-        if not (math.isfinite(request.options.softcap) and request.options.softcap > 0):
-            raise BadTensorError(
-                "options.softcap", f"got {request.options.softcap}; takes 0 (none) or a positive number"
-            )
-        options["softcap"] = request.options.softcap
-    heads = arrays["q"].shape[1]
-    for name in ("alibi_slopes", "sink_logits"):
-        if name in arrays:
-            array = arrays[name]
-            if array.dtype != np.float32:
-                raise BadTensorError(f"{fields[name]}.dtype", f"{name} has {array.dtype}; takes float32")
-            if array.shape != (heads,):
-                raise BadTensorError(f"{fields[name]}.shape", f"{name} has {array.shape}; takes ({heads},), q's heads")
-            options[name] = array.copy()  # aligned, which a slice of the wire need not be
-    return options
+def _check_option(name: str, tensor: _Tensor, q: _Tensor | None) -> None:
+    if q is None:
+        raise BadTensorError(f"{tensor.field}.name", f"{name} is an option of q, and there is no q")
+    if tensor.dtype != np.float32:
+        raise BadTensorError(f"{tensor.field}.dtype", f"{name} has {tensor.dtype}; takes float32")
+    if tensor.shape != q.shape[1:2]:
+        raise BadTensorError(f"{tensor.field}.shape", f"{name} has {tensor.shape}; takes {q.shape[1:2]}, q's heads")
+
+
+def _numbers(options: pb.StepOptions) -> dict[str, float]:
+    numbers = {}
+    if options.HasField("scale"):
+        if not math.isfinite(options.scale):
+            raise BadTensorError("options.scale", f"got {options.scale}; takes finite numbers")
+        numbers["scale"] = options.scale
+    if options.softcap:
+        if not (math.isfinite(options.softcap) and options.softcap > 0):
+            raise BadTensorError("options.softcap", f"got {options.softcap}; takes 0 (none) or a positive number")
+        numbers["softcap"] = options.softcap
+    return numbers
 
 
 def _between(field: str, value: int, least: int, most: int) -> int:

@@ -183,14 +183,17 @@ def step_request() -> Callable[..., pb.StepRequest]:
     def make(
         session_id: str, arrays: dict[str, np.ndarray], *, layer: int = 0, position: int = 0, request_id: str = "r"
     ) -> pb.StepRequest:
-        descriptors, pieces = wire.describe(arrays)
-        return pb.StepRequest(
-            session_id=session_id,
-            layer=layer,
-            position=position,
-            request_id=request_id,
-            tensors=descriptors,
-            payload=b"".join(pieces),
-        )
+        request = pb.StepRequest(session_id=session_id, layer=layer, position=position, request_id=request_id)
+        for name, array in arrays.items():
+            request.payload += bytes(-len(request.payload) % 64)
+            request.tensors.add(
+                name=name,
+                dtype=array.dtype.name,
+                shape=array.shape,
+                offset=len(request.payload),
+                nbytes=array.nbytes,
+            )
+            request.payload += array.tobytes()
+        return request
 
     return make
