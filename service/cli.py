@@ -98,9 +98,12 @@ def doctor(json: Json = False) -> None:
 
 
 @app.command()
-def bench(json: Json = False) -> None:
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller problems: seconds instead of minutes.")] = False,
+    json: Json = False,
+) -> None:
     """Measure attention on this machine, beside its peers."""
-    _load("bench").run(json=json)
+    _load("bench").run(json=json, quick=quick)
 
 
 @app.command()
