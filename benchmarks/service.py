@@ -140,7 +140,7 @@ def measure(target: str, echo: str) -> list[Row]:
     options = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_send_message_length", 16 << 20)]
     with Client(target) as client, grpc.insecure_channel(echo, options=options) as channel:
         rows = []
-        for name, tokens, q_heads, kv_heads, calls in (("decode", 1, 32, 16, 250), ("prefill chunk", 512, 8, 4, 15)):
+        for name, tokens, q_heads, kv_heads, calls in (("decode", 1, 32, 16, 250), ("prefill chunk", 341, 8, 8, 15)):
             for stream in (True, False):
                 row = step_row(client, name, tokens, q_heads, kv_heads, stream, calls)
                 rows.append(row)

@@ -74,9 +74,13 @@ class Client:
 
     def close(self) -> None:
         """Close the sessions that were made here, as far as the server can be reached, and the connection."""
-        for session in list(self._sessions):
-            with contextlib.suppress(ServiceError):
+        sessions = list(self._sessions)
+        try:
+            for session in sessions:
                 session.close(timeout=_CLOSE_SECONDS)
+        except ServiceError:  # nobody there: do not wait for that again, the server ends sessions by itself
+            for session in sessions:
+                session._let_go()
         self._channel.close()
 
     def info(self) -> ServerInfo:
@@ -163,9 +167,6 @@ class Client:
         self._sessions.add(session)
         return session
 
-    def _forget(self, session: Session) -> None:
-        self._sessions.discard(session)
-
     def _call(self, name: str, request: Any, timeout: float | None = None) -> bytes:
         message = request.SerializeToString()
         return self.retry.run(lambda seconds: self._calls(name, message, seconds), timeout or self.timeout)
@@ -230,11 +231,14 @@ class Session:
         Raises:
             ServiceError: The server could not be reached; it ends the session itself after its time to live.
         """
-        self._client._forget(self)
-        if self._stream:
-            self._stream.close()
+        self._let_go()
         with contextlib.suppress(SessionLostError):
             self._client._call("CloseSession", pb.CloseSessionRequest(session_id=self.id), timeout)
+
+    def _let_go(self) -> None:
+        self._client._sessions.discard(self)
+        if self._stream:
+            self._stream.close()
 
     # -- the sequence ------------------------------------------------------------------------------------------------
 

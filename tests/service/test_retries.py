@@ -241,6 +241,22 @@ def test_closing_a_client_closes_its_sessions(server: Any, stock: Any) -> None:
     assert session.id not in listed_ids(stock)
 
 
+def test_closing_a_client_whose_server_is_gone_gives_up_at_the_first_session(
+    start_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_server()
+    client = Client(server.target, retry=RetryPolicy(attempts=1))
+    for _ in range(3):
+        client.create_session(1, 2, 16, capacity=64)
+    server.stop()
+    made = []
+    call = client._call
+    monkeypatch.setattr(client, "_call", lambda name, *arguments: (made.append(name), call(name, *arguments))[1])
+    client.close()
+    assert made == ["CloseSession"]
+    assert not client._sessions
+
+
 def test_nobody_there_is_an_error_after_the_last_attempt() -> None:
     with Client(f"127.0.0.1:{free_port()}", retry=RetryPolicy(attempts=3)) as client:
         with pytest.raises(ServiceError) as caught:
