@@ -76,8 +76,8 @@ def run(
     if window is not None and window <= sink_tokens:
         raise UsageError(f"--window must be greater than --sink-tokens ({sink_tokens}), got {window}")
     with ExitStack() as stack:
-        # The service computes on the other cores. BLAS threads wait for each other by spinning: where two processes want
-        # all cores at once, a prompt of 34 tokens takes 2 to 6 s instead of 0.3.
+        # The service computes on the other cores. BLAS threads wait for each other by spinning: where other processes
+        # want the cores too, a prompt of 34 tokens takes 2 to 6 s instead of 0.3.
         stack.enter_context(threadpool_limits(max(1, len(os.sched_getaffinity(0)) // 2), user_api="blas"))
         with progress() as say:
             process = None
