@@ -198,7 +198,7 @@ def _exact_fma(a: Array, b: Array, c: Array) -> tuple[Array, Array]:
 
 
 def _directed(result: Array, residual: Array, overflow: Array, mode: str) -> Array:
-    """Moves the nearest float64 to the neighbour that a directed mode wants; `overflow` marks infinities that are none."""
+    """Moves the nearest float64 to the neighbour that a mode wants; `overflow` marks infinities that are none."""
     residual = np.where(overflow, -result, residual)
     down = (residual < 0) & (result > 0 if mode == "rz" else mode == "rm")
     up = (residual > 0) & (result < 0 if mode == "rz" else mode == "rp")

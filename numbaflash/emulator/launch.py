@@ -28,6 +28,9 @@ Array = NDArray[Any]
 _LANES = 8192
 """Lanes that run together: their registers fit the second-level cache."""
 _SHARED_BYTES = 32 << 20
+_MOST_LOCAL = 512 << 10
+"""Bytes of local memory that a thread may have, on every target."""
+_MOST_STATIC = 1 << 30
 MAX_STEPS = 10_000_000
 """Basic blocks that may run before a launch counts as hanging."""
 
@@ -80,7 +83,7 @@ def _compile(function: Any, signature: tuple[Any, ...], cc: tuple[int, int], **o
     from numba.cuda import dispatcher
     from numba.cuda.compiler import compile_ptx
 
-    with mock.patch.object(dispatcher, "get_current_device", lambda: SimpleNamespace(compute_capability=cc)):
+    with mock.patch.object(dispatcher, "get_current_device", return_value=SimpleNamespace(compute_capability=cc)):
         return str(compile_ptx(function, signature, cc=cc, **options)[0])  # type: ignore[no-untyped-call]  # Numba is untyped
 
 
@@ -252,7 +255,7 @@ def _compare(position: int, array: Array, dtype: str | None, ndim: int, layout: 
 
 def dimensions(value: int | Sequence[int], name: str) -> tuple[int, int, int]:
     """Grid or block as three positive integers."""
-    parts = (value,) if isinstance(value, int | np.integer) else tuple(value)
+    parts = tuple(value) if isinstance(value, Sequence) else (value,)
     if not 1 <= len(parts) <= 3 or not all(isinstance(x, int | np.integer) and x > 0 for x in parts):
         raise EmulatorError(f"{name} is {value!r}; one to three positive integers are accepted", kind="argument")
     x, y, z = (*(int(part) for part in parts), 1, 1)[:3]
@@ -382,6 +385,8 @@ def _check_limits(program: Program, grid: tuple[int, ...], block: tuple[int, ...
         raise EmulatorError(f"grid {grid} is over the limits (2^31 - 1, 65535, 65535)", kind="limit", place=place)
     if not isinstance(shared, int | np.integer) or shared < 0:
         raise EmulatorError(f"shared is {shared!r}; a number of bytes is accepted", kind="argument", place=place)
+    if program.local_size > _MOST_LOCAL:
+        raise EmulatorError(f"{program.local_size} bytes of local memory a thread", kind="limit", place=place)
     used = program.static_shared - allowed.reserved + shared
     if used > allowed.shared:
         raise EmulatorError(
@@ -400,8 +405,9 @@ def _module_variables(program: Program, memory: GlobalMemory) -> dict[str, int]:
     }
     found = {}
     for name, variable in wanted.items():
-        align = max(variable.align, 1)
-        found[name] = memory.allocate(variable.size, align if align < ALIGNMENT else 0)
+        if variable.size > _MOST_STATIC:
+            raise EmulatorError(f"{name} has {variable.size} bytes", kind="limit")
+        found[name] = memory.allocate(variable.size, variable.align if variable.align < ALIGNMENT else 0)
     for name, variable in wanted.items():
         data = b"".join(_initial(variable, value, found) for value in variable.initial)
         data = data[: variable.size].ljust(variable.size, b"\0")

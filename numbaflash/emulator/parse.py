@@ -7,6 +7,7 @@ Grammar: PTX ISA 9.x, "Syntax" and "Directives".
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -191,6 +192,7 @@ _TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _TARGET = re.compile(r"sm_(\d+)([af]?)$")
+_MOST_REGISTERS = 1 << 20
 _IGNORED_LINKAGE = {".visible", ".weak", ".common"}
 
 
@@ -243,11 +245,16 @@ class _Parser:
     def peek(self) -> str:
         return self.tokens[self.at].text if self.at < len(self.tokens) else ""
 
-    def next(self) -> _Token:
+    def ahead(self) -> _Token:
+        """The next token, not taken yet."""
         if self.at >= len(self.tokens):
             self.fail("the PTX text ends in the middle of a statement")
+        return self.tokens[self.at]
+
+    def next(self) -> _Token:
+        token = self.ahead()
         self.at += 1
-        return self.tokens[self.at - 1]
+        return token
 
     def accept(self, text: str) -> bool:
         if self.peek() == text:
@@ -325,7 +332,7 @@ class _Parser:
 
     def _file(self) -> None:
         number = self.integer()
-        line = self.tokens[self.at].line
+        line = self.ahead().line
         self.result.files[number] = self.next().text.strip('"')
         self._rest_of_line(line)
 
@@ -341,7 +348,7 @@ class _Parser:
         while token.text == ".align" or token.text.startswith((".ptr", ".attribute")):
             if token.text != ".align":
                 self.fail(f"unknown attribute {token.text!r}", token, "unsupported")
-            align = self.integer()
+            align = self._alignment()
             token = self.next()
         vector = 1
         if token.text in (".v2", ".v4"):
@@ -367,6 +374,12 @@ class _Parser:
         self.expect(";")
         return found
 
+    def _alignment(self) -> int:
+        align = self.integer()
+        if align < 1 or align & (align - 1) or align > 4096:
+            self.fail(f"alignment {align}; a power of two up to 4096 is accepted", self.tokens[self.at - 1])
+        return align
+
     def _initial(self) -> tuple[int | Float | Symbol, ...]:
         if not self.accept("{"):
             return (self._initial_value(),)
@@ -380,7 +393,7 @@ class _Parser:
         return tuple(values)
 
     def _initial_value(self) -> int | Float | Symbol:
-        token = self.tokens[self.at] if self.at < len(self.tokens) else self.next()
+        token = self.ahead()
         if token.kind == "float":
             self.at += 1
             return _float(token.text)
@@ -433,6 +446,8 @@ class _Parser:
             token = self.next()
             if token.text == ".reg":
                 kind = self.next().text[1:]
+                if kind not in SIZES:
+                    self.fail(f"unknown type .{kind}", kind="unsupported")
                 found.append(Variable(self.name(), "reg", kind, SIZES[kind], SIZES[kind]))
             elif token.text == ".param":
                 found.append(self._param())
@@ -442,7 +457,7 @@ class _Parser:
         return found
 
     def _param(self) -> Variable:
-        align = self.integer() if self.accept(".align") else None
+        align = self._alignment() if self.accept(".align") else None
         token = self.next()
         kind = token.text[1:]
         if kind not in SIZES:
@@ -526,7 +541,10 @@ class _Parser:
                 while True:
                     name = self.name()
                     if self.accept("<"):
-                        for number in range(self.integer()):
+                        count = self.integer()
+                        if count > _MOST_REGISTERS:
+                            self.fail(f"{count} registers of one name", token)
+                        for number in range(count):
                             function.registers[self._declare(f"{name}{number}")] = kind
                         self.expect(">")
                     else:
@@ -554,7 +572,7 @@ class _Parser:
 
     def _instruction(self, function: Function) -> Instruction:
         guard: Reg | Not | None = None
-        line = self.tokens[self.at].line
+        line = self.ahead().line
         if self.accept("@"):
             negated = self.accept("!")
             reg = self._register(self.name(), function)
@@ -590,7 +608,7 @@ class _Parser:
             case "!":
                 return Not(self._register(self.name(), function))
             case "-" | "~":
-                if self.tokens[self.at].kind == "float":
+                if self.ahead().kind == "float":
                     literal = _float(self.next().text)
                     return Float(literal.bits ^ (1 << (literal.size * 8 - 1)), literal.size)
                 self.at -= 1
@@ -607,15 +625,13 @@ class _Parser:
             first = Reg(unique)
             if self.accept("|"):
                 return Pair(first, Reg(self._resolve(self.name())))
-            if unique not in function.registers and "." not in unique and not unique.startswith(_SPECIAL):
-                self.fail(f"register {token.text} is not declared", token)
             return first
         offset = self.integer() if self.accept("+") else 0
         return Symbol(unique, offset)
 
     def _address(self, function: Function) -> Address:
         base: Reg | Symbol | None = None
-        if self.tokens[self.at].kind == "name":
+        if self.ahead().kind == "name":
             name = self._resolve(self.name())
             if name in function.registers:
                 base = Reg(name)
@@ -630,12 +646,7 @@ class _Parser:
         return Address(base, offset)
 
 
-_SPECIAL = ("%", "_")
-
-
 def _float(text: str) -> Float:
-    import struct
-
     if text[:2] in ("0f", "0F"):
         return Float(int(text[2:], 16), 4)
     if text[:2] in ("0d", "0D"):

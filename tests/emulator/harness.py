@@ -175,8 +175,7 @@ def floats(dtype: str) -> Array:
         65504.0,
         65520.0,
     ]
-    values = np.array([*special, *(-x for x in special), math.nan], dtype)
-    return values
+    return np.array([*special, *(-x for x in special), math.nan], dtype)
 
 
 def same(found: Array, expected: Array) -> None:

@@ -3,6 +3,8 @@
 C (M, N) float32 = A (M, K) float16 times the transpose of B (N, K) float16; M and N multiples of 64, K of 32.
 """
 
+# ruff: noqa: ARG001  the arguments of an intrinsic are its types; Numba passes the values to the generator
+
 from __future__ import annotations
 
 import functools

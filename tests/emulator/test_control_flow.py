@@ -79,7 +79,18 @@ def test_guarded_effects_touch_the_guarded_threads_only() -> None:
 
 
 def test_scoped_registers_and_labels_keep_to_their_scope() -> None:
-    scope = "{ .reg .b32 %r0; .reg .pred %p; setp.gt.u32 %p, %t, 31; mov.u32 %r0, 1; @%p bra L; add.u32 %r0, %r0, 1; L: add.u32 %d, %d, %r0; }\n"
+    scope = """
+    {
+    .reg .b32 %r0;
+    .reg .pred %p;
+    setp.gt.u32 %p, %t, 31;
+    mov.u32 %r0, 1;
+    @%p bra L;
+    add.u32 %r0, %r0, 1;
+L:
+    add.u32 %d, %d, %r0;
+    }
+    """
     assert run("mov.u32 %r0, 100;\n" + scope * 2 + "add.u32 %d, %d, %r0;").tolist() == [104] * 32 + [102] * 32
 
 
@@ -164,7 +175,7 @@ def test_device_functions_of_numba() -> None:
 @cuda.jit
 def indices(out):  # type: ignore[no-untyped-def]
     x, y, z = cuda.grid(3)
-    sx, sy, sz = cuda.gridsize(3)
+    _, sy, sz = cuda.gridsize(3)
     out[x, y, z] = ((x * sy + y) * sz + z) * 32 + cuda.laneid
 
 

@@ -277,7 +277,6 @@ def test_flushed_comparison_sees_subnormals_as_zero() -> None:
 
 def half_values(kind: str) -> Array:
     """Edge values of f16 or bf16 as bits."""
-    bits = 16 if kind == "f16" else 16
     top = 0x7C00 if kind == "f16" else 0x7F80
     one = 0x3C00 if kind == "f16" else 0x3F80
     edges = [
@@ -298,7 +297,7 @@ def half_values(kind: str) -> Array:
         0x007F,
         0x4248,
     ]
-    return np.array([*edges, *(x | 1 << bits - 1 for x in edges)], "u2")
+    return np.array([*edges, *(x | 0x8000 for x in edges)], "u2")
 
 
 def half_to_float(bits: Array, kind: str) -> Array:

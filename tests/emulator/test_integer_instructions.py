@@ -61,7 +61,7 @@ def bytes_of(a: int, is_signed: bool, size: int = 1) -> list[int]:
     return [signed(x, 8 * size) if is_signed else x for x in parts]
 
 
-def top_bit(a: int, bits: int) -> int:
+def top_bit(a: int) -> int:
     if a < 0:
         a = ~a
     return a.bit_length() - 1 if a else 0xFFFFFFFF
@@ -148,11 +148,11 @@ ONE_OPERAND: list[tuple[str, str, str, Oracle]] = [
     ("clz.b64", "u8", "u4", lambda a: 64 - a.bit_length()),
     ("brev.b32", "u4", "u4", lambda a: int(f"{a:032b}"[::-1], 2)),
     ("brev.b64", "u8", "u8", lambda a: int(f"{a:064b}"[::-1], 2)),
-    ("bfind.u32", "u4", "u4", lambda a: top_bit(a, 32)),
-    ("bfind.s32", "i4", "u4", lambda a: top_bit(a, 32)),
-    ("bfind.u64", "u8", "u4", lambda a: top_bit(a, 64)),
-    ("bfind.s64", "i8", "u4", lambda a: top_bit(a, 64)),
-    ("bfind.shiftamt.u32", "u4", "u4", lambda a: 31 - top_bit(a, 32) if a else 0xFFFFFFFF),
+    ("bfind.u32", "u4", "u4", lambda a: top_bit(a)),
+    ("bfind.s32", "i4", "u4", lambda a: top_bit(a)),
+    ("bfind.u64", "u8", "u4", lambda a: top_bit(a)),
+    ("bfind.s64", "i8", "u4", lambda a: top_bit(a)),
+    ("bfind.shiftamt.u32", "u4", "u4", lambda a: 31 - top_bit(a) if a else 0xFFFFFFFF),
     ("mov.b32", "u4", "u4", lambda a: a),
     ("mov.u64", "u8", "u8", lambda a: a),
 ]

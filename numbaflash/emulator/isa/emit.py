@@ -264,6 +264,8 @@ class Emit:
         """The address of a variable, a scalar; those in global memory are known at the launch only."""
         space, address = self.symbol(operand.name)
         if space == "global":
+            if np.dtype(wanted).itemsize != 8:
+                raise self.misfit(operand)
             return f"m.symbol({operand.name!r}, {operand.offset + add}, {wanted})"
         return self.integer(address + operand.offset + add, wanted)
 
@@ -273,7 +275,7 @@ class Emit:
             return f"m.special(g, {name!r})", 8
         if name in SPECIAL_32:
             return f"m.special(g, {name!r})", 4
-        raise self.error(f"special register {name} is not implemented", "unsupported")
+        raise self.error(f"{name} is neither declared nor a special register that is implemented", "unsupported")
 
     def many(self, operand: Operand, kind: str) -> list[str]:
         """The expressions of a vector operand, or of a scalar taken as a vector of one."""
@@ -392,5 +394,8 @@ def translate(instruction: Instruction, names: Names) -> Code:
             kind="unsupported",
             place=Place(line=instruction.line),
         )
-    handler(emit)
+    try:
+        handler(emit)
+    except IndexError:  # handlers read operands before `finish` counts them
+        raise emit.error(f"{instruction.opcode} has too few operands") from None
     return emit.code
