@@ -36,7 +36,7 @@ class Server:
         self.addresses: tuple[str, ...] = ()
 
     async def start(self) -> None:
-        """Listen and serve.
+        """Listen, get ready, and say SERVING; calls that come before wait.
 
         Raises:
             OSError: An address cannot be listened on.
@@ -58,14 +58,18 @@ class Server:
         if config.local_only if config.reflection is None else config.reflection:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
+        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
             self.addresses = tuple(self._listen(address) for address in config.listen)
             await self._server.start()
+            log.info("listening; compiling the kernels, where this is their first start here")
+            await self._servicer.warm_up()
         except BaseException:
+            await self._server.stop(grace=None)
             await self._servicer.stop()
             raise
         self._housekeeping = asyncio.create_task(self._servicer.keep_house())
-        await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        await self._say(health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self) -> None:
         """Say NOT_SERVING, refuse what is new, let what runs finish within the configured grace, and stop."""
@@ -78,6 +82,10 @@ class Server:
         await self._server.stop(grace=min(1.0, max(0.0, until - time.monotonic())))
         self._housekeeping.cancel()
         await self._servicer.stop()
+
+    async def _say(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
 
     def _listen(self, address: str) -> str:
         try:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import grpc
+import numpy as np
 
+from numbaflash import RingKVCache
 from numbaflash.backends import choose_backend
 from numbaflash.cpu import SPLIT_KV_MAX_TOKENS
 
@@ -89,6 +91,17 @@ class AttentionServicer:
         methods = {name: grpc.unary_unary_rpc_method_handler(_typed_errors(method)) for name, method in unary.items()}
         methods["Attend"] = grpc.stream_stream_rpc_method_handler(_typed_errors(self._attend))
         return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    async def warm_up(self) -> None:
+        """Take a first prefill and a first decode: on a machine's first start, that compiles the kernels."""
+
+        def step() -> None:
+            cache = RingKVCache(1, 1, 8, capacity=64, backend=self._backend)
+            for tokens in (MIN_PREFILL_TOKENS, 1):
+                zeros = np.zeros((tokens, 1, 8), np.float16)
+                cache.step(0, zeros, zeros, zeros)
+
+        await self._engine.call(step)
 
     async def keep_house(self) -> None:
         """End the sessions whose time is over, until cancelled."""

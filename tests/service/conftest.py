@@ -44,7 +44,8 @@ class RunningServer:
         return server
 
     def on_loop(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=30)
+        # Long enough to compile the kernels, on the first start ever.
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=300)
 
     @property
     def engine(self) -> Any:

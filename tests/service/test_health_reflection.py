@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -9,6 +10,9 @@ import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from numbaflash_service.config import load
+from numbaflash_service.server import Server
+from numbaflash_service.servicer import AttentionServicer
 from numbaflash_service.v1 import attention_pb2 as pb
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -18,6 +22,28 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 def test_the_server_says_that_it_serves(stock: Any, service: str) -> None:
     health = health_pb2_grpc.HealthStub(stock.channel)
     assert health.Check(health_pb2.HealthCheckRequest(service=service)).status == SERVING
+
+
+def test_the_server_says_so_only_when_the_first_step_needs_no_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    warm_up = AttentionServicer.warm_up
+
+    async def ask_meanwhile() -> None:
+        server = Server(load(listen=["127.0.0.1:0"]))
+
+        async def watched(servicer: AttentionServicer) -> None:
+            async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
+                health = health_pb2_grpc.HealthStub(channel)
+                requests = (health_pb2.HealthCheckRequest(service=name) for name in ("", "numbaflash.v1.Attention"))
+                seen.extend([(await health.Check(request)).status for request in requests])
+            await warm_up(servicer)
+
+        monkeypatch.setattr(AttentionServicer, "warm_up", watched)
+        await server.start()
+        await server.stop()
+
+    asyncio.run(ask_meanwhile())
+    assert seen == [health_pb2.HealthCheckResponse.NOT_SERVING] * 2
 
 
 def test_health_is_answered_while_the_engine_is_busy(server: Any, stock: Any) -> None:
