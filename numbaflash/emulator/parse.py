@@ -279,7 +279,11 @@ class _Parser:
         token = self.next()
         if token.kind != "int":
             self.fail(f"expected an integer, found {token.text!r}", token)
-        value = int(token.text.rstrip("U"), 0) if token.text != "0" else 0
+        digits = token.text.rstrip("U").lower()
+        octal = len(digits) > 1 and digits[0] == "0" and digits[1] not in "xb"
+        if octal and set(digits) - set("01234567"):
+            self.fail(f"{token.text} is no octal number", token)
+        value = int(digits, 8 if octal else 0)
         return -value if negative else ~value if inverted else value
 
     # ---- module scope
