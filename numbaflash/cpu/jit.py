@@ -12,8 +12,8 @@ from numba.core.caching import FunctionCache
 
 __all__ = ["kernel", "native"]
 
-# A part of a kernel.
-native = njit(error_model="numpy")
+# A part of a kernel. Only compiled code calls it: what Python and C would need for that is a third of the compilation.
+native = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 def kernel(function: Callable[[int, int], None]) -> Any:

@@ -32,6 +32,26 @@ def over(function: Any, x: NDArray[np.float32]) -> NDArray[np.float32]:
     return result[: len(x)]
 
 
+@njit
+def widen(target, source, dim, dtype):
+    widen_row(target, source, dim, dtype)
+
+
+@njit
+def narrow(target, source, dim, dtype):
+    narrow_row(target, source, dim, dtype, np.float32(1))
+
+
+@njit
+def score(dtype, rows, k, k_row, count, q, q_row, steps, scores, scores_row):
+    micro.score_keys(dtype, rows, k, k_row, count, 0, q, q_row, steps, scores, scores_row)
+
+
+@njit
+def transpose(source, source_row, target, target_row):
+    micro.transpose_block(source, source_row, target, target_row)
+
+
 def units_in_the_last_place(got: NDArray[np.float32], exact: NDArray[np.float64]) -> float:
     return float(np.max(np.abs(got - exact) / np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)))
 
@@ -67,7 +87,7 @@ def test_tanh_at_its_corners() -> None:
 def test_widening_is_exact(dtype: Any, code: int, dim: int) -> None:
     stored = EVERY_16_BITS[-dim:].view(dtype)
     wide = np.empty(dim + LANES, np.float32)
-    widen_row(wide.ctypes.data, stored.ctypes.data, dim, code)
+    widen(wide.ctypes.data, stored.ctypes.data, dim, code)
     np.testing.assert_array_equal(wide[:dim], stored.astype(np.float32))
 
 
@@ -83,21 +103,16 @@ def test_narrowing_rounds_to_nearest_even(dtype: Any, code: int, dim: int) -> No
         corners = np.float32([np.inf, -np.inf, np.nan, 65504, 65519, 65520, 1e-8, -1e-8])
         values = np.concatenate((exact, ties, anything, corners))[-dim:]
         expected = values.astype(dtype)
-    narrow = np.empty(len(values) + LANES, dtype)
-    narrow_row(narrow.ctypes.data, values.ctypes.data, len(values), code, np.float32(1))
+    rounded = np.empty(len(values) + LANES, dtype)
+    narrow(rounded.ctypes.data, values.ctypes.data, len(values), code)
     with np.errstate(all="ignore"):
-        np.testing.assert_array_equal(narrow[: len(values)].astype(np.float32), expected.astype(np.float32))
+        np.testing.assert_array_equal(rounded[: len(values)].astype(np.float32), expected.astype(np.float32))
 
 
 def test_a_block_is_transposed() -> None:
     source = np.arange(LANES * LANES, dtype=np.float32).reshape(LANES, LANES)
     target = np.zeros((LANES, LANES + 3), np.float32)
-
-    @njit
-    def run(source, source_row, target, target_row):
-        micro.transpose_block(source, source_row, target, target_row)
-
-    run(source.ctypes.data, 4 * LANES, target.ctypes.data, target.strides[0])
+    transpose(source.ctypes.data, 4 * LANES, target.ctypes.data, target.strides[0])
     np.testing.assert_array_equal(target[:, :LANES], source.T)
     np.testing.assert_array_equal(target[:, LANES:], 0)
 
@@ -110,8 +125,8 @@ def test_decode_scores_are_inner_products(rows: int, count: int) -> None:
     q = rng.standard_normal((rows, steps * LANES)).astype(np.float32)
     k = rng.standard_normal((count, steps * LANES)).astype(np.float32)
     scores = np.zeros((rows, count + LANES), np.float32)
-    micro.score_keys(
-        *(emit.FLOAT32, rows, k.ctypes.data, k.strides[0], count, 0),
+    score(
+        *(emit.FLOAT32, rows, k.ctypes.data, k.strides[0], count),
         *(q.ctypes.data, q.strides[0], steps, scores.ctypes.data, scores.strides[0]),
     )
     np.testing.assert_allclose(scores[:, :count], q.astype(np.float64) @ k.T, atol=1e-5)
