@@ -1,4 +1,58 @@
-"""Runs the PTX that Numba compiles on a CPU, with checks that a GPU does not make."""
+"""The PTX machine: runs the code that Numba compiles for a GPU on a CPU, with checks that a GPU does not make.
+
+    import numpy as np
+    from numba import cuda
+    from numbaflash import emulator
+
+    @cuda.jit
+    def double(x, out):
+        i = cuda.grid(1)
+        if i < x.size:
+            out[i] = 2 * x[i]
+
+    x = np.arange(1000, dtype=np.float32)
+    out = np.zeros_like(x)
+    report = emulator.launch(double, 4, 256, x, out)       # kernel, grid, block, arguments
+
+It needs no GPU and no driver. Kernels come as `@cuda.jit` functions, as the result of `cuda.compile_ptx`, or as PTX
+text for sm_70 to sm_90a. Arrays are changed in place. `load` and `GlobalMemory` run kernels on memory that stays.
+
+**Checked**, each with kernel, block, thread, PTX line, and the Python line where the kernel was compiled with
+`lineinfo=True`; the one error is `EmulatorError`, and its `kind` says which check spoke:
+
+- bounds and alignment of every access to global, shared and local memory. Arrays lie 256-byte aligned and no more, as
+  cudaMalloc has it, with room between them; static shared arrays lie aligned as they declare and no more;
+- reads of shared and local memory that was never written, and of `cp.async` data that was not waited for;
+- races in shared memory: between warps that no barrier orders (named barriers included), and between lanes of a warp
+  that was not converged at one of the accesses. Writes of the value that is there already are no race;
+- races in global memory between blocks of a launch; a fence followed by an atomic (or a volatile, release or acquire
+  access) on one side and one on the other orders them;
+- barriers that not all threads reach, or that warps reach at different places; matrix instructions and other
+  collectives that a part of the warp reaches; shuffles from lanes that are not active; endless loops.
+
+**Counted**, in the `Report`: instructions by pipe, shared-memory wavefronts and bank conflicts by access, 32-byte sectors
+and their efficiency by access to global memory, bytes of each space.
+
+**Not implemented is an error**: an opcode, modifier or type that is not known names its line; nothing is guessed. That
+is so for wgmma, TMA (`cp.async.bulk`), mbarriers, clusters, textures, `vprintf`, recursion and function pointers.
+
+**Not modelled**:
+
+- time: caches, latencies, occupancy, and what `%clock` and `%globaltimer` would read (0);
+- memory ordering: memory is sequentially consistent. Races are looked for, weak orders are not tried. Global races
+  between threads of one block, and intra-warp order other than by convergence, are not looked for;
+- the order of blocks and warps: lowest program counter first, blocks in chunks, one after the other. A block that
+  waits for one of a later chunk waits forever;
+- the order of rounding inside an `mma` (here one product after the other in float32; hardware truncates sums of
+  several), and the last bits of approximate instructions (`ex2.approx`, `rcp.approx` ..., here correctly rounded);
+- NaN payloads of float32 and float64 results;
+- registers: how many a kernel needs, and what it spills, is for ptxas to say.
+
+How it works: a kernel's calls are inlined (`program`), each run of instructions becomes a Python function of about one
+NumPy call per instruction, made when it is first needed (`translate`, tables in `isa`), over all threads of many blocks
+at once (`machine`); threads that diverge meet again because the lowest program counter goes first (`schedule`). Checks
+and matrix products are compiled by Numba for the CPU, and cached on disk (`checks`, `mma`).
+"""
 
 from __future__ import annotations
 
