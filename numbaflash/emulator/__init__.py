@@ -26,12 +26,12 @@ text for sm_70 to sm_90a. Arrays are changed in place. `load` and `GlobalMemory`
 - races in shared memory: between warps that no barrier orders (named barriers included), and between lanes of a warp
   that was not converged at one of the accesses. Writes of the value that is there already are no race;
 - races in global memory between blocks of a launch; a fence followed by an atomic (or a volatile, release or acquire
-  access) on one side and one on the other orders them;
+  access) on one side and one on the other orders them. Kernels with fences are checked in grids of up to 8192 blocks;
 - barriers that not all threads reach, or that warps reach at different places; matrix instructions and other
   collectives that a part of the warp reaches; shuffles from lanes that are not active; endless loops.
 
-**Counted**, in the `Report`: instructions by pipe, shared-memory wavefronts and bank conflicts by access, 32-byte sectors
-and their efficiency by access to global memory, bytes of each space.
+**Counted**, in the `Report`: instructions by pipe, shared-memory wavefronts and bank conflicts by access, 32-byte
+sectors and their efficiency by access to global memory, bytes of each space.
 
 **Not implemented is an error**: an opcode, modifier or type that is not known names its line; nothing is guessed. That
 is so for wgmma, TMA (`cp.async.bulk`), mbarriers, clusters, textures, `vprintf`, recursion and function pointers.

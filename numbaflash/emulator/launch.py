@@ -20,7 +20,7 @@ from .errors import EmulatorError, Place
 from .machine import Checks, Launch, Machine, granule
 from .memory import ALIGNMENT, BASE, GlobalMemory
 from .parse import SIZES, Float, Symbol, Variable, parse
-from .program import Program, build, limits
+from .program import Program, build, limits, readable
 from .schedule import run
 from .translate import Translator
 
@@ -30,6 +30,7 @@ _LANES = 8192
 _SHARED_BYTES = 32 << 20
 _MOST_LOCAL = 512 << 10
 """Bytes of local memory that a thread may have, on every target."""
+_MOST_ORDERED = 8192
 _MOST_STATIC = 1 << 30
 MAX_STEPS = 10_000_000
 """Basic blocks that may run before a launch counts as hanging."""
@@ -100,7 +101,7 @@ def pack(program: Program, values: Sequence[int | float | np.generic]) -> Array:
         raise EmulatorError(
             f"{len(values)} arguments for a kernel of {len(program.params)} parameters",
             kind="argument",
-            place=Place(program.name),
+            place=Place(readable(program.name)),
         )
     size = max((offset + param.size for param, offset in program.params), default=0)
     bank = np.zeros(max(size, 1), np.uint8)
@@ -116,7 +117,7 @@ def _encode(param: Variable, value: Any, position: int, kernel: str) -> bytes:
         return EmulatorError(
             f"argument {position} is {value!r} ({type(value).__name__}); the kernel takes {accepted}",
             kind="argument",
-            place=Place(kernel),
+            place=Place(readable(kernel)),
         )
 
     if param.size != SIZES[param.type]:
@@ -246,7 +247,7 @@ def _compare(position: int, array: Array, dtype: str | None, ndim: int, layout: 
             f"array {position} is {array.dtype} with {array.ndim} dimensions and strides {array.strides}; the kernel "
             f"was compiled for {dtype or 'another type'} with {ndim} dimensions, layout {layout}",
             kind="argument",
-            place=Place(kernel),
+            place=Place(readable(kernel)),
         )
 
 
@@ -334,8 +335,10 @@ def _run(
     symbols = _module_variables(program, memory)
     fences = any(x.parts[0] in ("membar", "fence") for x in program.instructions)
     total = int(np.prod(blocks))
+    # who has been told of whose writes takes blocks x blocks bytes
+    races = checks.global_races and not (fences and total > _MOST_ORDERED)
     shift = granule(program.sites, "global")
-    report = Report(program.name)
+    report = Report(readable(program.name))
     launch = Launch(
         translation,
         blocks,
@@ -348,13 +351,13 @@ def _run(
             np.zeros((memory.data.size >> shift) + 1, np.int32),
             shift,
             BASE,
-            checks.global_races,
+            races,
         ),
         symbols,
         shared,
         checks,
         max_steps,
-        np.zeros((total, total) if fences and checks.global_races else (0, 0), np.bool_),
+        np.zeros((total, total) if fences and races else (0, 0), np.bool_),
         report,
     )
     try:
@@ -374,7 +377,7 @@ def _run(
 def _check_limits(program: Program, grid: tuple[int, ...], block: tuple[int, ...], shared: int) -> None:
     target = program.module.target
     allowed = limits(target)
-    place = Place(program.name)
+    place = Place(readable(program.name))
     threads = int(np.prod(block))
     most = min(allowed.threads, program.max_threads or allowed.threads)
     if threads > most or block[2] > 64:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -116,11 +117,21 @@ class Program:
         if instruction.loc is not None and instruction.loc[1]:
             source = f"{self.module.files.get(instruction.loc[0], '?')}:{instruction.loc[1]}"
         return Place(
-            self.name,
+            readable(self.name),
             line=instruction.line,
             ptx=self.module.statement(instruction.line),
             source=source,
         )
+
+
+def readable(name: str) -> str:
+    """The Python name in a name that Numba mangled: ``_ZN4mine6kernelB2v1...`` is ``mine.kernel``."""
+    rest, parts = name.removeprefix("_ZN"), []
+    while name.startswith("_ZN") and (number := re.match(r"\d+", rest)):
+        end = number.end() + int(number[0])
+        parts.append(rest[number.end() : end])
+        rest = rest[end:]
+    return ".".join(parts) or name
 
 
 def build(module: Module, entry: str | None) -> Program:
@@ -290,7 +301,7 @@ class _Builder:
         outputs, target, inputs = _call_operands(operands)
         name = target.name.removeprefix(scope.prefix) if isinstance(target, Symbol) else ""
         function = self.module.functions.get(name)
-        place = Place(self.function.name, line=instruction.line)
+        place = Place(readable(self.function.name), line=instruction.line)
         if function is None or not function.defined or operands:
             raise EmulatorError(
                 f"call of {name or 'a function pointer'}, which is not defined in this module",
