@@ -50,21 +50,39 @@ def paged(k: NDArray[Any], v: NDArray[Any], size: int, seed: int) -> list[tuple[
 def test_a_row_has_the_same_bits_however_the_sequence_is_cut_into_steps(data: st.DataObject) -> None:
     draw = data.draw
     group, kv_heads = draw(st.integers(1, 4)), draw(st.integers(1, 2))
-    steps = draw(st.lists(st.integers(LEAST_PREFILL, 130), min_size=1, max_size=5))
+    steps = draw(st.lists(st.integers(LEAST_PREFILL, 300), min_size=2, max_size=5))
     dtype = draw(st.sampled_from([FLOAT32, FLOAT16, BFLOAT16]))
     q, k, v = qkv(1, sum(steps), sum(steps), (group * kv_heads, kv_heads), (24, 17), dtype)
-    left, sinks = draw(st.just(cpu.UNBOUNDED) | st.integers(0, 200)), draw(st.integers(0, 150))
+    left, sinks = draw(st.just(cpu.UNBOUNDED) | st.integers(0, 200)), draw(st.just(0) | st.integers(0, 150))
     scoring = scoring_for(
         q,
         softcap=draw(st.sampled_from([0.0, 3.0])),
         alibi_slopes=draw(st.none() | st.just(np.linspace(0.1, 1, group * kv_heads))),
     )
+    assert_same_bits_in_steps(q, k, v, steps, left, sinks, draw(st.sampled_from([8, 16, 64, 100])), scoring)
+
+
+@pytest.mark.parametrize("left", [50, 100, 127, 128, 300])
+def test_a_window_that_moves_on_does_not_move_the_tiles(left: int) -> None:
+    q, k, v = qkv(1, 700, 700, (2, 2), (24, 17))
+    assert_same_bits_in_steps(q, k, v, [100, 150, 37, 213, 200], left, 0, 16, scoring_for(q))
+
+
+def assert_same_bits_in_steps(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    steps: list[int],
+    left: int,
+    sinks: int,
+    page_size: int,
+    scoring: Scoring,
+) -> None:
     whole, whole_lse = cpu.attend_runs(q, runs_of([(k[0], v[0], 0)]), causal_step(0, left, sinks), scoring)
-    size = draw(st.sampled_from([8, 16, 64, 100]))
     start = 0
     for step in steps:
         end = start + step
-        history = paged(k[0, :start], v[0, :start], size, seed=step)
+        history = paged(k[0, :start], v[0, :start], page_size, seed=step)
         if left < cpu.UNBOUNDED:  # what nobody will see again is gone
             history = [piece for piece in history if piece[2] + len(piece[0]) > start - left or piece[2] < sinks]
         runs = runs_of([*history, (k[0, start:end], v[0, start:end], start)])
