@@ -16,7 +16,7 @@ from .functions import LOG2E, exp2
 from .jit import kernel, native
 from .kv import TILE_KEYS, key_at, run_end, run_field, runs_end, skip_runs, value_at
 from .micro import ROWS_PER_SCORE, score_keys, weigh_values
-from .panel import is_finite, lse_at, out_at, query_at, query_factor, query_head, query_position
+from .panel import is_finite, lse_at, out_at, query_at, query_factor, query_head, query_position, query_rows
 from .rows import VECTOR_BYTES, clear, narrow_row, padded, widen_row
 from .runs import K_TOKEN_STRIDE, START, V_TOKEN_STRIDE
 from .scoring import NEG_INF, add_bias, bias_at, cap_scores
@@ -64,7 +64,7 @@ DECODE_SCRATCH = _SUMS + 4 * MAX_DECODE_ROWS
 def key_range(task, sequence):
     """Positions that any query of a sequence may see: (first behind the sinks, end)."""
     first = max(load_int(task.q_start + 8 * sequence) - load_int(task.left + 8 * sequence), 0)
-    last_query = query_position(task, sequence, task.q_tokens * task.group - 1)
+    last_query = query_position(task, sequence, query_rows(task, sequence) - 1)
     return first, min(last_query + load_int(task.right + 8 * sequence) + 1, runs_end(task, sequence))
 
 
@@ -107,9 +107,9 @@ def decode(task_address, scratch):
         split, unit = item // units, item % units
         pair, row = unit // blocks, unit % blocks * task.rows_per_item
         sequence, kv_head = pair // task.kv_heads, pair % task.kv_heads
-        rows = min(task.rows_per_item, total_rows - row)
+        rows = min(task.rows_per_item, query_rows(task, sequence) - row)
         sink_splits, window, splits = count_splits(task, sequence)
-        if split < splits:
+        if split < splits and rows > 0:
             number = split if split < sink_splits else window + split - sink_splits
             attend_split(task, sequence, kv_head, row, rows, number, scratch)
             if splits == 1:

@@ -37,6 +37,7 @@ __all__ = [
     "query_factor",
     "query_head",
     "query_position",
+    "query_rows",
     "query_token",
     "score_panel",
     "weigh_panel",
@@ -65,9 +66,24 @@ def panel_of(sequence, kv_head, row, end):
 
 
 @native
+def query_rows(task, sequence):
+    """Rows of a sequence."""
+    if task.q_bounds == 0:
+        return task.q_tokens * task.group
+    bounds = task.q_bounds + 8 * sequence
+    return (load_int(bounds + 8) - load_int(bounds)) * task.group
+
+
+@native
 def query_token(task, row):
     """The token that a row belongs to."""
     return row // task.group
+
+
+@native
+def _stored_token(task, sequence, row):
+    """Where the token of a row lies, in tokens from the start of its sequence, or of the packed batch."""
+    return query_token(task, row) + (load_int(task.q_bounds + 8 * sequence) if task.q_bounds != 0 else 0)
 
 
 @native
@@ -85,21 +101,21 @@ def query_position(task, sequence, row):
 @native
 def query_at(task, sequence, kv_head, row):
     """Address of a row of Q."""
-    token, head = query_token(task, row), query_head(task, kv_head, row)
+    token, head = _stored_token(task, sequence, row), query_head(task, kv_head, row)
     return task.q + sequence * task.q_batch + token * task.q_token + head * task.q_head
 
 
 @native
 def out_at(task, sequence, kv_head, row):
     """Address of a row of O."""
-    token, head = query_token(task, row), query_head(task, kv_head, row)
+    token, head = _stored_token(task, sequence, row), query_head(task, kv_head, row)
     return task.out + sequence * task.out_batch + token * task.out_token + head * task.out_head
 
 
 @native
 def lse_at(task, sequence, kv_head, row):
     """Address of a row's log-sum-exp."""
-    token, head = query_token(task, row), query_head(task, kv_head, row)
+    token, head = _stored_token(task, sequence, row), query_head(task, kv_head, row)
     return task.lse + sequence * task.lse_batch + head * task.lse_head + token * task.lse_token
 
 

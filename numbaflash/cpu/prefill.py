@@ -12,7 +12,7 @@ from __future__ import annotations
 from ..problem import MAX_HEAD_DIM
 from .jit import kernel, native
 from .kv import TILE_BYTES, TILE_KEYS, load_tile, next_tile, prefetch_tile, tiles_end
-from .panel import PANEL_BYTES, PANEL_ROWS, is_finite, load_queries, panel_of, weigh_panel, write_panel
+from .panel import PANEL_BYTES, PANEL_ROWS, is_finite, load_queries, panel_of, query_rows, weigh_panel, write_panel
 from .rows import VECTOR_BYTES, clear, padded
 from .scoring import ROW_BYTES, score_tile
 from .softmax import normalize_panel, softmax_panel, start_softmax
@@ -52,8 +52,8 @@ def prefill(task_address, scratch):
         stretch, pair = stretches - 1 - item // pairs, item % pairs
         sequence, kv_head = pair // task.kv_heads, pair % task.kv_heads
         row = stretch * task.rows_per_item
-        end = min(row + task.rows_per_item, task.q_tokens * task.group)
-        if not attend_rows(task, sequence, kv_head, row, end, scratch, False):
+        end = min(row + task.rows_per_item, query_rows(task, sequence))
+        if row < end and not attend_rows(task, sequence, kv_head, row, end, scratch, False):
             # Somewhere a NaN or an infinity came in: again, and see to it that it stays with the rows that see it.
             attend_rows(task, sequence, kv_head, row, end, scratch, True)
         report_item(task_address)

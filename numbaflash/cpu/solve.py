@@ -75,7 +75,11 @@ def attention(
 
 
 def attend_runs(
-    q: NDArray[Any], runs: KVRuns, visibility: Visibility, scoring: Scoring
+    q: NDArray[Any],
+    runs: KVRuns,
+    visibility: Visibility,
+    scoring: Scoring,
+    q_bounds: NDArray[np.int64] | None = None,
 ) -> tuple[NDArray[Any], NDArray[np.float32]]:
     """Attend to keys and values that lie in runs.
 
@@ -83,15 +87,18 @@ def attend_runs(
     such steps and runs.
 
     Args:
-        q: (N, T, Hq, D), any strides; its dtype may differ from that of the runs.
+        q: (N, T, Hq, D), any strides; its dtype may differ from that of the runs. With `q_bounds` (T, Hq, D), the
+            sequences' tokens one behind the other.
         runs: Keys and values of the N sequences.
         visibility: Which of them each query sees.
-        scoring: How they are scored; a bias is indexed by positions.
+        scoring: How they are scored; a bias is indexed by positions, and goes with q of 4 axes.
+        q_bounds: (N + 1,) int64 from 0 to T; sequence n owns the tokens `q_bounds[n]` to `q_bounds[n + 1]` of q.
 
     Returns:
-        The output (N, T, Hq, Dv) in q's dtype and the natural log-sum-exp (N, Hq, T), float32.
+        The output (N, T, Hq, Dv) in q's dtype and the natural log-sum-exp (N, Hq, T), float32; with `q_bounds`
+        (T, Hq, Dv) and (Hq, T).
     """
-    call = _Call(_readable(q), runs, visibility, scoring)
+    call = _Call(_readable(q), runs, visibility, scoring, q_bounds)
     if not call.is_empty:
         call.flash_v2()
     return call.out, call.lse
@@ -106,18 +113,21 @@ class _Call:
         runs: KVRuns,
         visibility: Visibility,
         scoring: Scoring,
+        q_bounds: NDArray[np.int64] | None = None,
         keep_alive: tuple[Any, ...] = (),
     ) -> None:
-        sequences, tokens, q_heads, _ = q.shape
-        self.out = np.empty((sequences, tokens, q_heads, runs.value_dim), q.dtype)
-        self.lse = np.empty((sequences, q_heads, tokens), np.float32)
+        tokens, q_heads, _ = q.shape[-3:]
+        self.out = np.empty((*q.shape[:-1], runs.value_dim), q.dtype)
+        self.lse = np.empty((*q.shape[:-3], q_heads, tokens), np.float32)
         self.is_empty = self.out.size == 0
+        if q_bounds is not None:
+            tokens = int(np.diff(q_bounds).max(initial=0))
         self._tokens = tokens
         self._runs = runs
-        self._pairs = sequences * runs.kv_heads
+        self._pairs = (len(runs.bounds) - 1) * runs.kv_heads
         self._panels = -(-tokens * (q_heads // runs.kv_heads) // PANEL_ROWS)
-        self._keep_alive: tuple[Any, ...] = (q, visibility, scoring, keep_alive)
-        self._task = _describe(q, runs, visibility, scoring, self.out, self.lse)
+        self._keep_alive: tuple[Any, ...] = (q, visibility, scoring, q_bounds, keep_alive)
+        self._task = _describe(q, runs, visibility, scoring, self.out, self.lse, tokens, q_bounds)
 
     def flash_v2(self) -> None:
         """FlashAttention-2; by split-KV where there are few query tokens."""
@@ -174,7 +184,7 @@ class _Call:
         elements = int(runs.table[:, COUNT].sum()) * (runs.head_dim + runs.value_dim)
         if self._tokens <= SPLIT_KV_MAX_TOKENS and elements * runs.kv_heads * runs.dtype.itemsize > _SHARED_FROM_BYTES:
             return True
-        return bool(elements * self.out.shape[2] * self._tokens > _SHARED_FROM_FMAS)
+        return bool(elements * self.out.shape[-2] * self._tokens > _SHARED_FROM_FMAS)
 
 
 def _describe(
@@ -184,13 +194,18 @@ def _describe(
     scoring: Scoring,
     out: NDArray[Any],
     lse: NDArray[np.float32],
+    tokens: int,
+    q_bounds: NDArray[np.int64] | None,
 ) -> NDArray[Any]:
-    """The task, but for its items."""
-    sequences, tokens, q_heads, _ = q.shape
-    q_batch, q_token, q_head, _ = q.strides
-    out_batch, out_token, out_head, _ = out.strides
-    lse_batch, lse_head, lse_token = lse.strides
+    """The task, but for its items; `tokens` are those of the longest sequence."""
+    q_heads = q.shape[-2]
+    # A packed batch has no batch axis.
+    q_batch, q_token, q_head, _ = (0, *q.strides)[-4:]
+    out_batch, out_token, out_head, _ = (0, *out.strides)[-4:]
+    lse_batch, lse_head, lse_token = (0, *lse.strides)[-3:]
     options = {"bias_dtype": NO_BIAS}
+    if q_bounds is not None:
+        options["q_bounds"] = q_bounds.ctypes.data
     if scoring.bias is not None:
         strides = dict(zip(("bias_batch", "bias_head", "bias_row", "bias_key"), scoring.bias.strides, strict=True))
         options = {"bias": scoring.bias.ctypes.data, "bias_dtype": _CODES[scoring.bias.dtype], **strides}
@@ -199,7 +214,7 @@ def _describe(
     if scoring.sink_logits is not None:
         options["sink_logits"] = scoring.sink_logits.ctypes.data
     return make_task(
-        sequences=sequences,
+        sequences=len(runs.bounds) - 1,
         q_tokens=tokens,
         q_heads=q_heads,
         kv_heads=runs.kv_heads,

@@ -25,7 +25,8 @@ _INTEGERS = (
     # The work: items are taken by adding to next_item, and reported by adding to items_done.
     *("next_item", "items_done", "items", "rows_per_item", "splits"),
     *("sequences", "q_tokens", "q_heads", "kv_heads", "group", "head_dim", "value_dim"),
-    *("q", "q_batch", "q_token", "q_head", "q_dtype"),
+    # q_bounds: where sequences have different numbers of tokens, and lie one behind the other (q_batch is 0 then).
+    *("q", "q_batch", "q_token", "q_head", "q_dtype", "q_bounds"),
     *("out", "out_batch", "out_token", "out_head"),
     *("lse", "lse_batch", "lse_head", "lse_token"),
     # KVRuns and Visibility.
