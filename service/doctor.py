@@ -184,7 +184,7 @@ def find_missing() -> list[Missing]:
         if absent:
             command = shlex.join([sys.executable, "-m", "pip", "install", *(package.requirement for package in absent)])
             missing.append(Missing(", ".join(package.name for package in absent), purpose, command))
-    if not weights.cached_model().exists():
+    if not weights.gguf_path().exists():
         missing.append(Missing(f"{weights.MODEL_NAME} (93 MB)", "numbaflash demo", "numbaflash demo"))
     return missing
 

@@ -9,31 +9,29 @@ positions, so the distance to the sink tokens grows with the text, and the model
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from json import dumps
 
 from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
-from ..client import Client
+from ..client import Client, Session
 from ..errors import ServiceError
+from ..info import ServerInfo
 from . import weights
 from .generate import Generation, generate
 from .model import Llama, LlamaConfig
 from .service_process import ServiceProcess, ServiceUnavailableError, wait_until_serving
+from .terminal import Progress, WordWriter, progress
 from .tokenizer import Tokenizer
 
 TARGET_SECONDS = 10.0
-# The first server on a machine compiles its kernels while it starts.
+# The first server on a machine compiles its kernels while it starts, or at its first steps.
 START_SECONDS = 300.0
-# The first steps may compile kernels.
 STEP_SECONDS = 300.0
-
-Progress = Callable[[str], None]
-
 
 FAILURES = (weights.ModelUnavailableError, ServiceUnavailableError, ServiceError)
 
@@ -42,30 +40,53 @@ class UsageError(ValueError):
     """Options that cannot be met together."""
 
 
-def run(
-    *,
-    prompt: str,
-    max_new_tokens: int,
-    target: str | None,
-    temperature: float,
-    raw: bool,
-    window: int | None,
-    sink_tokens: int,
-    dtype: str,
-    json: bool,
-) -> None:
-    """Generate text: streamed, with a table after it, or as one JSON object.
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
 
-    Args:
+    Attributes:
         prompt: the user's turn of a chat.
-        max_new_tokens: most tokens to generate.
-        target: HOST:PORT or unix:PATH of a server; None starts one.
-        temperature: 0 takes the likeliest token, else tokens are drawn.
         raw: `prompt` is no turn of a chat, but the text itself.
+        max_new_tokens: most tokens to generate.
+        temperature: 0 takes the likeliest token, else tokens are drawn.
+        target: HOST:PORT or unix:PATH of a server; None starts one.
         window: tokens that the cache keeps visible, sink tokens included; None keeps all.
         sink_tokens: first tokens that a window never drops.
         dtype: of the keys and values in the cache.
+    """
+
+    prompt: str
+    raw: bool
+    max_new_tokens: int
+    temperature: float
+    target: str | None
+    window: int | None
+    sink_tokens: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        """Check the options against each other; the command line has checked each by itself."""
+        if self.window is not None and self.window <= self.sink_tokens:
+            raise UsageError(f"--window must be greater than --sink-tokens ({self.sink_tokens}), got {self.window}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """All that is needed to generate text."""
+
+    tokenizer: Tokenizer
+    model: Llama
+    prompt_ids: list[int]
+    session: Session
+    server: ServerInfo
+
+
+def run(*, json: bool, **options: str | bool | int | float | None) -> None:
+    """Generate text: streamed, with a table after it, or as one JSON object.
+
+    Args:
         json: print one JSON object, and nothing else to standard output.
+        options: those of `Options`.
 
     Raises:
         UsageError: there is no prompt, it exceeds the model's context, or the window is all sinks.
@@ -73,83 +94,105 @@ def run(
         ServiceUnavailableError: there is no service.
         ServiceError: the service refused or failed.
     """
-    if window is not None and window <= sink_tokens:
-        raise UsageError(f"--window must be greater than --sink-tokens ({sink_tokens}), got {window}")
+    asked = Options(**options)  # type: ignore[arg-type]  # typer has checked their types
     with ExitStack() as stack:
         # The service computes on the other cores. BLAS threads wait for each other by spinning: where other processes
         # want the cores too, a prompt of 34 tokens takes 2 to 6 s instead of 0.3.
         stack.enter_context(threadpool_limits(max(1, len(os.sched_getaffinity(0)) // 2), user_api="blas"))
         with progress() as say:
-            process = None
-            if target is None:
-                say("Starting the service")
-                process = stack.enter_context(ServiceProcess())
-                target = process.target
-            else:
-                wait_until_serving(target, TARGET_SECONDS)
-            # The server starts meanwhile.
-            checkpoint = weights.load(say)
-            tokenizer, model = Tokenizer(checkpoint.fields), Llama(checkpoint)
-            prompt_ids = tokenizer.encode(prompt if raw else tokenizer.chat(prompt))
-            _check_length(prompt_ids, max_new_tokens, model.config)
-            if process:
-                say("Waiting for the service (the first start compiles its kernels)")
-                wait_until_serving(target, START_SECONDS, process.check_alive)
-            client = stack.enter_context(Client(target, timeout=STEP_SECONDS))
-            backend = client.info().backend
-            say("Warming up (the first time compiles kernels)")
-            _warm_up(client, model, dtype)
-            session = client.create_session(
-                model.config.num_layers,
-                model.config.num_kv_heads,
-                model.config.head_dim,
-                capacity=window or len(prompt_ids) + max_new_tokens,
-                sink_tokens=sink_tokens if window else 0,
-                dtype=dtype,
-            )
-            say("Reading the prompt")
-        write = _write(tokenizer) if not json else lambda _: None
-        console = Console(highlight=False)
-        if not json:
-            console.print(f"[dim]{weights.MODEL_NAME}; attention by numbaflash at {target}[/dim]\n")
-            console.print(prompt, style="bold", markup=False)
-            print()
-        generation = generate(
-            model,
-            session,
-            prompt_ids,
-            max_new_tokens=max_new_tokens,
-            stop_ids=tokenizer.stop_ids,
-            temperature=temperature,
-            on_token=write,
-        )
+            stage = prepare(asked, stack, say)
         if json:
-            figures = {
-                "prompt_ids": prompt_ids,
-                "new_ids": generation.new_ids,
-                "text": tokenizer.decode(generation.new_ids),
-                "finish_reason": generation.finish_reason,
-                "prefill_s": generation.prefill_s,
-                "decode_tokens_per_s": generation.decode_tokens_per_s,
-                "attention_share": generation.attention_share,
-                "kv_bytes": session.max_nbytes,
-                "backend": backend,
-            }
-            print(dumps(figures))
-        else:
-            print("\n")
-            console.print(_summary(generation, len(prompt_ids), session.max_nbytes, dtype, backend))
+            print(dumps(figures(stage, _generate(asked, stage, lambda _: None))))
+            return
+        console = Console(highlight=False)
+        where = f"at {asked.target}" if asked.target else "of its own"
+        console.print(f"[dim]{weights.MODEL_NAME}, its attention computed by a service {where}[/dim]\n")
+        console.print(asked.prompt, style="bold", markup=False, end="\n\n")
+        text_of = stage.tokenizer.stream()
+        with WordWriter.to_stdout() as writer:
+            generation = _generate(asked, stage, lambda token: writer.write(text_of(token)))
+        console.print()
+        console.print(summary(stage, generation))
 
 
-@contextmanager
-def progress() -> Iterator[Progress]:
-    """A function that tells the user what is going on: on a terminal in one line that changes, else line by line."""
-    console = Console(stderr=True, highlight=False)
-    if console.is_terminal:
-        with console.status("") as status:
-            yield status.update
+def prepare(asked: Options, stack: ExitStack, say: Progress) -> Stage:
+    """Start the service and load the model, at the same time; leave an empty session and compiled kernels.
+
+    Args:
+        asked: the user's options.
+        stack: ends what is started here.
+        say: is told what takes time.
+    """
+    if asked.target is None:
+        say("Starting the service")
+        process = stack.enter_context(ServiceProcess())
+        target = process.target
     else:
-        yield lambda what: console.print(what, soft_wrap=True)
+        say(f"Connecting to {asked.target}")
+        process, target = None, asked.target
+        wait_until_serving(target, TARGET_SECONDS)
+    checkpoint = weights.load(say)
+    tokenizer, model = Tokenizer(checkpoint.fields), Llama(checkpoint)
+    prompt_ids = tokenizer.encode(asked.prompt if asked.raw else tokenizer.chat(asked.prompt))
+    _check_length(prompt_ids, asked.max_new_tokens, model.config)
+    if process:
+        say("Waiting for the service")
+        wait_until_serving(target, START_SECONDS, process.check_alive)
+    client = stack.enter_context(Client(target, timeout=STEP_SECONDS))
+    say("Warming up (the first time compiles kernels)")
+    _warm_up(client, model, asked.dtype)
+    session = _create_session(
+        client,
+        model.config,
+        capacity=asked.window or len(prompt_ids) + asked.max_new_tokens,
+        sink_tokens=asked.sink_tokens if asked.window else 0,
+        dtype=asked.dtype,
+    )
+    say("Reading the prompt")
+    return Stage(tokenizer, model, prompt_ids, session, client.info())
+
+
+def figures(stage: Stage, generation: Generation) -> dict[str, object]:
+    """What `--json` prints."""
+    return {
+        "prompt_ids": stage.prompt_ids,
+        "new_ids": generation.new_ids,
+        "text": stage.tokenizer.decode(generation.new_ids),
+        "finish_reason": generation.finish_reason,
+        "prefill_s": generation.prefill_s,
+        "decode_tokens_per_s": generation.decode_tokens_per_s,
+        "attention_share": generation.attention_share,
+        "kv_bytes": stage.session.max_nbytes,
+        "backend": stage.server.backend,
+    }
+
+
+def summary(stage: Stage, generation: Generation) -> Table:
+    """What stands below the text."""
+    prompt_tokens = len(stage.prompt_ids)
+    ended = "the model ended the text" if generation.finish_reason == "stop" else "--max-new-tokens"
+    table = Table(show_header=False)
+    table.add_row("Prompt tokens", f"{prompt_tokens}")
+    table.add_row("Prefill", f"{generation.prefill_s:.3f} s ({prompt_tokens / generation.prefill_s:.0f} tokens/s)")
+    table.add_row("New tokens", f"{len(generation.new_ids)}, then {ended}")
+    if generation.decode_tokens_per_s is not None:
+        table.add_row("Decode", f"[bold]{generation.decode_tokens_per_s:.1f} tokens/s[/bold]")
+        table.add_row("... attention", f"{generation.attention_share:.0%} of that time, round trips included")
+    table.add_row("KV bytes", f"{stage.session.max_nbytes:,} ({stage.session.dtype})")
+    table.add_row("Backend", f"{stage.server.backend}, {stage.server.device}")
+    return table
+
+
+def _generate(asked: Options, stage: Stage, on_token: Callable[[int], None]) -> Generation:
+    return generate(
+        stage.model,
+        stage.session,
+        stage.prompt_ids,
+        max_new_tokens=asked.max_new_tokens,
+        stop_ids=stage.tokenizer.stop_ids,
+        temperature=asked.temperature,
+        on_token=on_token,
+    )
 
 
 def _check_length(prompt_ids: list[int], max_new_tokens: int, config: LlamaConfig) -> None:
@@ -162,38 +205,21 @@ def _check_length(prompt_ids: list[int], max_new_tokens: int, config: LlamaConfi
         )
 
 
+def _create_session(client: Client, config: LlamaConfig, *, capacity: int, sink_tokens: int, dtype: str) -> Session:
+    return client.create_session(
+        config.num_layers,
+        config.num_kv_heads,
+        config.head_dim,
+        capacity=capacity,
+        sink_tokens=sink_tokens,
+        dtype=dtype,
+        num_q_heads=config.num_heads,
+    )
+
+
 def _warm_up(client: Client, model: Llama, dtype: str) -> None:
     """Take steps of both kinds, so that what is timed later contains no compilation."""
-    config, tokens = model.config, 32
-    with client.create_session(
-        config.num_layers, config.num_kv_heads, config.head_dim, capacity=2 * tokens, dtype=dtype
-    ) as session:
+    tokens = 32
+    with _create_session(client, model.config, capacity=2 * tokens, sink_tokens=0, dtype=dtype) as session:
         model.forward([0] * tokens, 0, session)
         model.forward([0], tokens, session)
-
-
-def _write(tokenizer: Tokenizer) -> Callable[[int], None]:
-    text_of = tokenizer.stream()
-
-    def write(token: int) -> None:
-        sys.stdout.write(text_of(token))
-        sys.stdout.flush()
-
-    return write
-
-
-def _summary(generation: Generation, prompt_tokens: int, kv_bytes: int, dtype: str, backend: str) -> Table:
-    table = Table(show_header=False)
-    table.add_row("Prompt", f"{prompt_tokens} tokens")
-    table.add_row("Prefill", f"{generation.prefill_s:.3f} s ({prompt_tokens / generation.prefill_s:.0f} tokens/s)")
-    ended = "the model ended the text" if generation.finish_reason == "stop" else "--max-new-tokens"
-    table.add_row("New text", f"{len(generation.new_ids)} tokens, then {ended}")
-    if generation.decode_tokens_per_s is not None and generation.attention_share is not None:
-        table.add_row(
-            "Decode",
-            f"[bold]{generation.decode_tokens_per_s:.1f} tokens/s[/bold], {generation.attention_share:.0%} of the time "
-            "for attention and its round trips",
-        )
-    table.add_row("KV cache", f"{kv_bytes:,} bytes, {dtype}")
-    table.add_row("Backend", backend)
-    return table
