@@ -91,10 +91,10 @@ def wait_until_serving(target: str, timeout: float, meanwhile: Callable[[], None
                 reply = check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=0.5, wait_for_ready=True)
                 if reply.status == health_pb2.HealthCheckResponse.SERVING:
                     return
-                said = f"its health is {health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)}"
+                said = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
             except grpc.RpcError as error:
-                said = f"{error.code().name}: {error.details()}"
+                said = error.details()
             meanwhile()
             if time.monotonic() > until:
-                raise ServiceUnavailableError(f"no service answers at {target} ({said})")
+                raise ServiceUnavailableError(f"no service answers at {target} within {timeout:.3g} s: {said}")
             time.sleep(0.02)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import gguf
@@ -9,6 +10,14 @@ import pytest
 from numbaflash_service.demo import weights
 from numbaflash_service.demo.model import Llama
 from numbaflash_service.demo.tokenizer import Tokenizer
+from threadpoolctl import threadpool_limits
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_blas_thread() -> Iterator[None]:
+    """As in the demo: BLAS threads that wait for each other take many times as long where the cores are shared."""
+    with threadpool_limits(1, user_api="blas"):
+        yield
 
 
 @pytest.fixture(scope="session")
