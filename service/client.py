@@ -131,8 +131,8 @@ class Client:
             rollback: Newest tokens that can always be truncated.
             num_q_heads: Heads of queries that every step must have; None: any multiple of `num_kv_heads`.
             ttl: Seconds without a step after which the server ends the session; None: the server's default.
-            stream: Send steps over one persistent Attend stream instead of a call each. A step of 32 KiB takes about
-                three quarters of the time that way, one of 4 MiB about half (benchmarks/service.py).
+            stream: Send steps over one persistent Attend stream instead of a call each, which takes about four fifths
+                of the time beside the kernel (benchmarks/service.py).
 
         Raises:
             BadTensorError: An argument is not acceptable (a ValueError too); `field` names it.
