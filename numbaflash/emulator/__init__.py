@@ -61,11 +61,12 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import Arguments, flatten
 from .counts import GlobalAccess, Report, SharedAccess
 from .errors import EmulatorError, Place
-from .launch import MAX_STEPS, Arguments, Kernel, flatten, load, ptx_of
-from .machine import Checks
+from .launch import MAX_STEPS, Kernel, load, ptx_of
 from .memory import GlobalMemory
+from .threads import Checks
 
 __all__ = [
     "Checks",

@@ -93,8 +93,13 @@ def _conflicts(stamp: int, thread: int, converged: bool, clocks: Array) -> bool:
 
 
 @njit(cache=True)
-def shared_read(s: Shared, lanes: Array, address: Array, converged: Array, size: int) -> tuple[int, int, int]:
-    """Checks one load from shared memory by all active lanes, and stamps it."""
+def shared_read(
+    s: Shared, lanes: Array, address: Array, converged: Array, size: int, strong: bool
+) -> tuple[int, int, int]:
+    """Checks one load from shared memory by all active lanes, and stamps it.
+
+    A strong one (volatile, relaxed, acquire) does not race with atomics and strong stores, and leaves no stamp.
+    """
     for i in range(lanes.size):
         at = address[i]
         if at < s.lowest or at + size > s.limit:
@@ -113,10 +118,11 @@ def shared_read(s: Shared, lanes: Array, address: Array, converged: Array, size:
             if s.initialized and state == FRESH:
                 return UNINITIALIZED, i, -1
             if s.races:
-                if _conflicts(s.writer[granule], thread, converged[i], clocks):
+                written = s.writer[granule]
+                if not (strong and written & _ATOMIC) and _conflicts(written, thread, converged[i], clocks):
                     return READ_AFTER_WRITE, i, s.writer[granule] & _THREAD
                 last = s.reader[granule]
-                if last != stamp:
+                if last != stamp and not strong:
                     if last != 0 and (last & _THREAD) >> 5 != thread >> 5:
                         s.other_reader[granule] = last
                         s.reader[granule] = stamp
@@ -137,7 +143,7 @@ def shared_write(
     size: int,
     values: Array,
     state: int,
-    atomic: bool,
+    strong: bool,
 ) -> tuple[int, int, int]:
     """Checks one store to shared memory by all active lanes, stamps and does it.
 
@@ -149,7 +155,7 @@ def shared_write(
         size: Bytes of each.
         values: (n, size) bytes; (0, size) for an atomic, which is only checked.
         state: READY, or PENDING for a copy in flight.
-        atomic: Whether it is part of an atomic operation.
+        strong: Whether it is atomic, volatile, relaxed or release: it does not race with others of its kind.
     """
     for i in range(lanes.size):
         at = address[i]
@@ -161,7 +167,7 @@ def shared_write(
         thread = lanes[i] - block * s.lanes_per_block
         clocks = s.clocks[block]
         stamp = clocks[thread >> 5, thread >> 5] << _INTERVAL | thread | (_CONVERGED if converged[i] else 0)
-        if atomic:
+        if strong:
             stamp |= _ATOMIC
         start = block * s.stride + at
         first = start >> s.shift
@@ -172,11 +178,11 @@ def shared_write(
         for granule in range(first, first + max(size >> s.shift, 1)):
             if s.state[granule] == PENDING:
                 return IN_FLIGHT, i, -1
-            if atomic and s.initialized and s.state[granule] == FRESH:
+            if values.shape[0] == 0 and s.initialized and s.state[granule] == FRESH:
                 return UNINITIALIZED, i, -1
             if s.races:
                 last = s.writer[granule]
-                if not (atomic and last & _ATOMIC):
+                if not (strong and last & _ATOMIC):
                     if not same and _conflicts(last, thread, converged[i], clocks):
                         return WRITE_AFTER_WRITE, i, last & _THREAD
                     for reader in (s.reader[granule], s.other_reader[granule]):

@@ -8,10 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from .errors import EmulatorError, Place
-from .isa import Code, Names, translate
-from .isa.emit import HANDLERS, Site
-from .isa.integer import CARRY
-from .parse import (
+from .ir import (
     SIZES,
     Address,
     Function,
@@ -28,6 +25,9 @@ from .parse import (
     Variable,
     Vector,
 )
+from .isa import Code, Names, translate
+from .isa.emit import HANDLERS, Site
+from .isa.integer import CARRY
 
 SHARED_WINDOW = 1 << 48
 LOCAL_WINDOW = 1 << 49
@@ -56,9 +56,14 @@ class Limits:
 _SHARED_KB = {70: 96, 72: 96, 75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227}
 
 
+def version(target: str) -> int:
+    """The number of a target such as ``sm_80``."""
+    return int(target.split("_")[1].rstrip("af"))
+
+
 def limits(target: str) -> Limits:
     """The limits of a target such as ``sm_80``."""
-    number = int(target.split("_")[1].rstrip("af"))
+    number = version(target)
     return Limits(1024, _SHARED_KB.get(number, 48) * 1024, 1024 if number >= 90 else 0)
 
 
@@ -83,7 +88,7 @@ class Program:
     params: list[tuple[Variable, int]]
     instructions: list[Instruction] = field(default_factory=list)
     code: list[Code] = field(default_factory=list)
-    names: Names = field(default_factory=lambda: Names({}, {}, WINDOWS))
+    names: Names = field(default_factory=lambda: Names({}, {}, WINDOWS, 0))
     branches: dict[int, list[int]] = field(default_factory=dict)
     leaders: list[int] = field(default_factory=list)
     static_shared: int = 0
@@ -197,7 +202,7 @@ class _Builder:
         self._module_variables()
         self._flatten(_Scope(self.function, "", "$exit"), ())
         self.labels.setdefault("$exit", len(self.items))
-        names = Names(self.registers, self.symbols, WINDOWS)
+        names = Names(self.registers, self.symbols, WINDOWS, version(self.module.target))
         program = Program(self.function.name, self.module, params, self.items, names=names)
         for item in self.items:
             try:

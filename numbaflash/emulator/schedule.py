@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from .errors import EmulatorError
 from .group import WARP, Group
+from .ir import Reg
 from .machine import Machine
-from .parse import Reg
 from .program import is_barrier
 
 Array = NDArray[Any]

@@ -229,6 +229,35 @@ done:
     assert out.tolist() == [0] * 32 + list(range(1000, 1032))
 
 
+def test_volatile_flags_are_no_race() -> None:
+    """Warp 1 polls a flag that warp 0 sets."""
+    out = np.zeros(64, "u4")
+    block(
+        """
+    mov.u32 %r0, flag;
+    mov.u32 %d, 1;
+    setp.eq.u32 %p, %t, 0;
+    @%p st.volatile.shared.u32 [%r0], 0;
+    bar.sync 0;
+    setp.ge.u32 %p, %t, 32;
+    @%p bra poll;
+    setp.eq.u32 %p, %t, 5;
+    @%p st.volatile.shared.u32 [%r0], 3;
+    bra done;
+poll:
+    ld.volatile.shared.u32 %d, [%r0];
+    setp.eq.u32 %p, %d, 0;
+    @%p bra poll;
+done:
+    st.global.u32 [%y], %d;
+    """,
+        64,
+        out,
+        shared=".shared .align 4 .b8 flag[4];",
+    )
+    assert out.tolist() == [1] * 32 + [3] * 32
+
+
 def test_warp_barrier_orders_the_lanes_of_a_diverged_warp() -> None:
     body = """
     mov.u32 %r0, ours;

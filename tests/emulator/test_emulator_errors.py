@@ -115,6 +115,18 @@ def test_what_is_not_implemented_names_its_line(text: str, match: str) -> None:
     assert error.place.line == next(i for i, line in enumerate(kernel.splitlines(), 1) if text in line)
 
 
+@pytest.mark.parametrize(
+    ("text", "target", "needed"),
+    [
+        ("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%a], {%a};", "sm_80", "sm_90"),
+        ("add.bf16 %h, %h, %h;", "sm_80", "sm_90"),
+        ("cp.async.wait_all;", "sm_75", "sm_80"),
+    ],
+)
+def test_instructions_that_came_after_the_target(text: str, target: str, needed: str) -> None:
+    fails(f"needs {needed}, not {target}", entry(text, 0, ".reg .b32 %a; .reg .b16 %h;", target), 1, 1)
+
+
 def test_modules_need_one_kernel_or_its_name() -> None:
     two = entry("", 0) + entry("", 0).split(".address_size 64")[1].replace("entry k", "entry other")
     fails("name one kernel of the module; it has: k, other", two, 1, 1)

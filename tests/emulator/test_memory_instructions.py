@@ -30,7 +30,7 @@ REGISTERS = """
 def run(body: str, source: Array, target: Array, threads: int = 32, **options: Any) -> emulator.Report:
     variables = options.pop("variables", "")
     before = options.pop("before", "")
-    text = entry(THREAD + body, 2, REGISTERS + variables, target=options.pop("target", "sm_80"), before=before)
+    text = entry(THREAD + body, 2, REGISTERS + variables, target=options.pop("version", "sm_80"), before=before)
     return emulator.launch(text, 1, threads, source, target, **options)
 
 
@@ -212,7 +212,14 @@ def test_atomic_applies_one_thread_after_the_other(
     mad.wide.u32 %rd7, %r6, {size}, %out;
     @%p st.global.{move} [%rd7], {register}3;
     """
-    run(body, source, target, variables=f".reg .f64 %fd<4>; .shared .align {size} .b8 ours[{2 * size}];")
+    version = "sm_90" if kind == "bf16" else "sm_80"
+    run(
+        body,
+        source,
+        target,
+        version=version,
+        variables=f".reg .f64 %fd<4>; .shared .align {size} .b8 ours[{2 * size}];",
+    )
     values = [start[0], start[1]]
     returned = []
     with np.errstate(all="ignore"):

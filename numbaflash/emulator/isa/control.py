@@ -5,7 +5,7 @@ Branches themselves are the scheduler's work: here their conditions are evaluate
 
 from __future__ import annotations
 
-from ..parse import Reg, Symbol
+from ..ir import Reg, Symbol
 from .emit import Emit, here, op
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..parse import SIZES
+from ..ir import SIZES
 from .emit import Emit, numpy_type, op
 from .floating import HALF
 
@@ -19,6 +19,10 @@ def convert(e: Emit) -> None:
     source = e.type(*_INTEGERS, *_SCALARS)
     target = e.type(*_INTEGERS, *_SCALARS, *_PACKED, "tf32")
     e.code.pipe = "xu" if source[0] not in "us" or target[0] not in "us" else "alu"
+    if "bf16" in (target, source) and (target, source) != ("bf16", "f32"):
+        e.needs(90)
+    if target in (*_PACKED, "bf16", "tf32"):
+        e.needs(80)
     if target in _PACKED:
         _pack(e, target, source)
     elif target == "tf32":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..parse import SIZES, Int, Reg, Symbol, Vector
+from ..ir import SIZES, Int, Reg, Symbol, Vector
 from .emit import Emit, op
 from .floating import HALF
 from .integer import FLOAT, INT
@@ -53,6 +53,8 @@ def compare(e: Emit) -> None:
     ftz = (kind in ("f32", "f16", "f16x2")) and e.flag("ftz")
     combine = e.one_of("and", "or", "xor", default="none")
     name = _comparison(e, kind)
+    if kind == "bf16":
+        e.needs(90)
     if kind.endswith("x2"):
         e.unsupported(f"type .{kind}")
     e.finish(3 if combine == "none" else 4)

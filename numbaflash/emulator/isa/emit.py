@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import EmulatorError, Place
-from ..parse import SIZES, Address, Float, Instruction, Int, Not, Operand, Pair, Reg, Symbol, Vector
+from ..ir import SIZES, Address, Float, Instruction, Int, Not, Operand, Pair, Reg, Symbol, Vector
 
 STORAGE = {"pred": "b1", "f32": "f4", "f64": "f8"}
 """NumPy type of a register by its declared type; all others are unsigned integers of their size."""
@@ -80,7 +80,10 @@ class Code:
 class Names:
     """What the instructions of one program share: register numbers, constants, memory sites, symbol addresses."""
 
-    def __init__(self, registers: dict[str, str], symbols: dict[str, tuple[str, int]], windows: dict[str, int]) -> None:
+    def __init__(
+        self, registers: dict[str, str], symbols: dict[str, tuple[str, int]], windows: dict[str, int], target: int
+    ) -> None:
+        self.target = target
         self.registers = registers
         self.windows = windows
         self.number = {name: position for position, name in enumerate(registers)}
@@ -157,6 +160,11 @@ class Emit:
         if not self.mods or self.mods[-1] not in allowed:
             self.unsupported(f"type .{self.mods[-1] if self.mods else ''}")
         return self.mods.pop()
+
+    def needs(self, target: int) -> None:
+        """States which sm_ version the instruction came with."""
+        if self.names.target < target:
+            raise self.error(f"{self.instruction.opcode} needs sm_{target}, not sm_{self.names.target}", "unsupported")
 
     def finish(self, count: int | tuple[int, ...]) -> None:
         """States that all modifiers were taken, and how many operands there must be."""

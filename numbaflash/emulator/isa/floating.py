@@ -5,7 +5,7 @@ The approximate instructions are computed as well as NumPy can: they differ from
 
 from __future__ import annotations
 
-from ..parse import SIZES
+from ..ir import SIZES
 from .emit import Emit, op
 from .integer import FLOAT
 
@@ -23,6 +23,8 @@ def arithmetic(e: Emit) -> None:
     needs_mode = name == "fma"
     modes = ("rn",) if kind in HALF else _ROUNDINGS
     mode = e.one_of(*modes) if needs_mode else e.one_of(*modes, default="rn")
+    if kind.startswith("bf16"):
+        e.needs(80 if name == "fma" else 90)
     if e.op == "mad" and kind in HALF:
         e.unsupported(f"type .{kind}")
     e.code.pipe = "fp64" if kind == "f64" else "fma"
@@ -83,6 +85,8 @@ def float_extreme(e: Emit) -> None:
     """min, max: .NaN, .xorsign.abs."""
     kind = e.type(*FLOAT)
     ftz = kind in ("f32", "f16", "f16x2") and e.flag("ftz")
+    if kind in HALF:
+        e.needs(80)
     nan = kind != "f64" and e.flag("NaN")
     xorsign = kind != "f64" and e.flag("xorsign")
     if xorsign:
@@ -134,6 +138,8 @@ def approximation(e: Emit) -> None:
     """sin, cos, lg2, ex2, tanh: .approx."""
     halves = HALF if e.op in ("ex2", "tanh") else ()
     kind = e.type("f32", *halves)
+    if kind.startswith("bf16"):
+        e.needs(90)
     ftz = e.op != "tanh" and e.flag("ftz")
     e.one_of("approx")
     if kind.startswith("bf16") and e.op == "ex2" and not ftz:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..parse import SIZES
+from ..ir import SIZES
 from .emit import Emit, op
 
 INT = ("u16", "u32", "u64", "s16", "s32", "s64")
@@ -319,7 +319,7 @@ def three_way_logic(e: Emit) -> None:
 
 
 def _literal(e: Emit, position: int) -> int:
-    from ..parse import Int
+    from ..ir import Int
 
     operand = e.operands[position]
     if not isinstance(operand, Int):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..parse import SIZES, Address, Int, Reg, Symbol, Vector
+from ..ir import SIZES, Address, Int, Reg, Symbol, Vector
 from .data import literal
 from .emit import Emit, op, storage
 
@@ -123,6 +123,7 @@ def atomic(e: Emit) -> None:
     space = e.one_of("global", "shared", "shared::cta", default="generic").split("::")[0]
     if "f16" in kind:
         e.one_of("noftz")
+        e.needs(90 if kind.startswith("b") else 70)
     sources = 2 if name == "cas" else 1
     e.finish(sources + (2 if e.op == "atom" else 1))
     target = e.operands[0] if e.op == "atom" else Reg("_")
@@ -139,6 +140,7 @@ def atomic(e: Emit) -> None:
 @op("cp")
 def asynchronous_copy(e: Emit) -> None:
     """cp.async, with zero-fill, commit_group, wait_group and wait_all."""
+    e.needs(80)
     e.one_of("async")
     if e.flag("commit_group"):
         e.finish(0)

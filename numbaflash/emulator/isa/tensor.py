@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from ..parse import Operand, Vector
+from ..ir import Operand, Vector
 from .emit import Emit, here, op
 
 
 @op("ldmatrix")
 def load_matrix(e: Emit) -> None:
     """ldmatrix: m8n8, x1, x2, x4, .trans, b16."""
+    e.needs(75)
     e.type("b16")
     _matrix_modifiers(e)
     count, transposed = int(e.one_of("x1", "x2", "x4")[1:]), e.flag("trans")
@@ -26,6 +27,7 @@ def load_matrix(e: Emit) -> None:
 @op("stmatrix")
 def store_matrix(e: Emit) -> None:
     """stmatrix: m8n8, x1, x2, x4, .trans, b16."""
+    e.needs(90)
     e.type("b16")
     _matrix_modifiers(e)
     count, transposed = int(e.one_of("x1", "x2", "x4")[1:]), e.flag("trans")
@@ -67,6 +69,7 @@ _SHAPES = {
 @op("mma")
 def multiply_accumulate(e: Emit) -> None:
     """mma.sync: f16, bf16, tf32 and 8-bit integer inputs."""
+    e.needs(80)
     e.one_of("sync")
     e.one_of("aligned")
     shape = e.one_of("m16n8k4", "m16n8k8", "m16n8k16", "m16n8k32")

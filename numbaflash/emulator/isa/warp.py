@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..parse import Not, Operand, Reg
+from ..ir import Not, Operand, Reg
 from .emit import Emit, here, op
 
 
@@ -75,6 +75,7 @@ def match(e: Emit) -> None:
 @op("redux")
 def reduce_warp(e: Emit) -> None:
     """redux.sync: add, min, max, and, or, xor."""
+    e.needs(80)
     kind = e.type("u32", "s32", "b32")
     e.one_of("sync")
     name = e.one_of(*(("and", "or", "xor") if kind == "b32" else ("add", "min", "max")))
@@ -87,6 +88,7 @@ def reduce_warp(e: Emit) -> None:
 @op("elect")
 def elect(e: Emit) -> None:
     """elect.sync: the lowest lane of the mask leads."""
+    e.needs(90)
     e.one_of("sync")
     e.finish(2)
     mask = _mask(e, e.operands[1])
