@@ -20,7 +20,7 @@ from .program import is_barrier
 
 Array = NDArray[Any]
 
-_PATIENCE = 256
+_PATIENCE = 1024
 """Steps that the same threads may take, while others could run, before those get a turn: spin locks need it."""
 
 
@@ -116,18 +116,12 @@ class Scheduler:
         if together.all():
             self._run(pc, end, group)
             return
-        if together.any():
-            self._push(pc, group.lanes[together])
-            apart = self._group(group.lanes[~together])
-            if (pc in self.ready and collective == pc) or collective == pc:
-                self._meet(pc, apart)
-            else:
-                self._run(pc, collective, apart)
-            return
+        self._push(pc, group.lanes[together])
+        apart = self._group(group.lanes[~together])
         if collective == pc:
-            self._meet(pc, group)
+            self._meet(pc, apart)
         else:
-            self._run(pc, collective, group)
+            self._run(pc, collective, apart)
 
     def _meet(self, pc: int, group: Group) -> None:
         """Threads of diverged warps at a collective: those whose partners are all here go on, the others wait."""
