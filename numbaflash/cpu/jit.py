@@ -12,7 +12,7 @@ from numba.core.caching import FunctionCache
 
 __all__ = ["kernel", "native"]
 
-# A part of a kernel. Only compiled code calls it: what Python and C would need for that is a third of the compilation.
+# A part of a kernel. Only compiled code calls it: wrappers for Python and C would take a fifth more time to compile.
 _PART: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 native: Any = njit(**_PART)
 
