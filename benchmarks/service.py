@@ -26,9 +26,10 @@ from datetime import date
 
 import grpc
 import numpy as np
-from numbaflash_service import Client
 from rich.console import Console
 from rich.table import Table
+
+from numbaflash_service import Client
 
 _ROUNDS = 8
 _ECHO = "/numbaflash.benchmark.Echo/"

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from numbaflash_service import doctor
 from rich.console import Console
 
 from numbaflash.backends import choose_backend
+from numbaflash_service import doctor
 
 
 def run_doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -85,7 +85,7 @@ def _compile(function: Any, signature: tuple[Any, ...], cc: tuple[int, int], **o
     from numba.cuda.compiler import compile_ptx
 
     with mock.patch.object(dispatcher, "get_current_device", return_value=SimpleNamespace(compute_capability=cc)):
-        return str(compile_ptx(function, signature, cc=cc, **options)[0])  # type: ignore[no-untyped-call]  # Numba is untyped
+        return str(compile_ptx(function, signature, cc=cc, **options)[0])
 
 
 def dimensions(value: int | Sequence[int], name: str) -> tuple[int, int, int]:

@@ -7,10 +7,11 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
+from threadpoolctl import threadpool_limits
+
 from numbaflash_service.demo import weights
 from numbaflash_service.demo.model import Llama
 from numbaflash_service.demo.tokenizer import Tokenizer
-from threadpoolctl import threadpool_limits
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from numbaflash import RingKVCache
 from numbaflash_service.demo.model import Llama
 from numbaflash_service.demo.service_process import ServiceProcess, ServiceUnavailableError, wait_until_serving
 from numbaflash_service.demo.tokenizer import Tokenizer
-
-from numbaflash import RingKVCache
 
 DEMO = [sys.executable, "-c", "from numbaflash_service.cli import main; main()", "demo"]
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from numbaflash_service.demo.generate import choose, generate
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+
+from numbaflash import RingKVCache
 from numbaflash_service.demo.generate import Generation, generate
 from numbaflash_service.demo.model import Llama
 from numbaflash_service.demo.tokenizer import Tokenizer
 from numbaflash_service.demo.weights import Checkpoint
-
-from numbaflash import RingKVCache
 
 Array = npt.NDArray[Any]
 

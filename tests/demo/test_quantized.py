@@ -7,6 +7,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from numbaflash_service.demo.quantized import BLOCK, QuantizedMatrix
 from numbaflash_service.demo.weights import Checkpoint
 

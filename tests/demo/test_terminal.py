@@ -4,8 +4,9 @@ from io import StringIO
 
 from hypothesis import given
 from hypothesis import strategies as st
-from numbaflash_service.demo.terminal import WordWriter
 from rich.cells import cell_len
+
+from numbaflash_service.demo.terminal import WordWriter
 
 pieces = st.lists(st.text(st.sampled_from("ab語, \n"), max_size=8), max_size=20)
 

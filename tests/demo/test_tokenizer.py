@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from numbaflash_service.demo.tokenizer import Tokenizer
 from numbaflash_service.demo.weights import Checkpoint
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from numbaflash_service.demo import weights
 from numbaflash_service.demo.weights import Checkpoint, ModelUnavailableError
 

@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf.message import Message
+
 from numbaflash_service import Client, RetryPolicy, wire
 from numbaflash_service.config import load
 from numbaflash_service.server import Server

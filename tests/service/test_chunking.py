@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numbaflash_service import Client
-from numbaflash_service.client import cut
 
 import numbaflash
+from numbaflash_service import Client
+from numbaflash_service.client import cut
 
 SMALL = 64 << 10  # the least limit that can be configured
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
+
 from numbaflash_service import Client
 from numbaflash_service.cli import app
 from numbaflash_service.config import ServeConfig
-from typer.testing import CliRunner
 
 
 def run(*arguments: str) -> Any:

@@ -9,6 +9,7 @@ import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import example, given
 from hypothesis import strategies as st
+
 from numbaflash_service import wire
 from numbaflash_service.errors import BadTensorError
 from numbaflash_service.v1 import attention_pb2 as pb

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from numbaflash_service.config import ServeConfig, load
 
 

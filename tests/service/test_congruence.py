@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numbaflash_service import Client, wire
 
 import numbaflash
+from numbaflash_service import Client, wire
 
 CALLS = st.lists(
     st.fixed_dictionaries(

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from numbaflash_service import Client, RetryPolicy
 from numbaflash_service.errors import DrainingError, from_call
 from numbaflash_service.v1 import attention_pb2 as pb

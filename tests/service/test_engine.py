@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numbaflash_service.v1 import attention_pb2 as pb
 
 import numbaflash
+from numbaflash_service.v1 import attention_pb2 as pb
 
 TOKENS = 3
 

@@ -10,6 +10,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from hypothesis import example, given
 from hypothesis import strategies as st
+
 from numbaflash_service import errors
 from numbaflash_service.errors import ServiceError, from_call, from_status, to_status
 from numbaflash_service.v1 import attention_pb2 as pb

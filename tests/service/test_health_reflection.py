@@ -10,6 +10,7 @@ import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
 from numbaflash_service.config import load
 from numbaflash_service.server import Server
 from numbaflash_service.servicer import AttentionServicer

@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+
 from numbaflash_service import replay
 from numbaflash_service.errors import KVBudgetError, PositionMismatchError, from_call
 from numbaflash_service.replay import Answer, Answers

@@ -10,6 +10,8 @@ import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+import numbaflash
 from numbaflash_service import Client, RetryPolicy
 from numbaflash_service.errors import (
     KVBudgetError,
@@ -21,8 +23,6 @@ from numbaflash_service.errors import (
 )
 from numbaflash_service.sessions import SessionTable, Shape
 from numbaflash_service.v1 import attention_pb2 as pb
-
-import numbaflash
 
 ONCE = RetryPolicy(attempts=1)
 MIB = 1 << 20

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+import numbaflash
 from numbaflash_service import Client, RetryPolicy, Session, calls
 from numbaflash_service.errors import (
     BadTensorError,
@@ -22,8 +24,6 @@ from numbaflash_service.errors import (
     SessionUnknownError,
 )
 from numbaflash_service.v1 import attention_pb2 as pb
-
-import numbaflash
 
 LOST = ServiceError("the answer was lost", code=grpc.StatusCode.UNAVAILABLE)
 QUICK = RetryPolicy(attempts=5, first_delay=0.001)

@@ -14,9 +14,9 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2
-from numbaflash_service.v1 import attention_pb2
 
 import numbaflash
+from numbaflash_service.v1 import attention_pb2
 
 PROTOS = Path(__file__).parents[2] / "protos"
 PROTO = "numbaflash/v1/attention.proto"

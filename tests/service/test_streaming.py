@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+
 from numbaflash_service.errors import from_call, from_status
 from numbaflash_service.v1 import attention_pb2 as pb
 

@@ -11,6 +11,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from hypothesis import given
 from hypothesis import strategies as st
+
 from numbaflash_service.errors import BadTensorError, ServiceError, from_call
 from numbaflash_service.v1 import attention_pb2 as pb
 
