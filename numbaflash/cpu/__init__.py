@@ -1,6 +1,15 @@
 """The CPU backend: Numba kernels with LLVM vector micro-kernels, over keys and values that lie in runs of tokens."""
 
 from .runs import UNBOUNDED, KVRuns, Visibility, contiguous_run
-from .solve import SPLIT_KV_MAX_TOKENS, attend_runs, attention
+from .solve import SPLIT_KV_MAX_TOKENS, attend_runs, attention, readable
 
-__all__ = ["SPLIT_KV_MAX_TOKENS", "UNBOUNDED", "KVRuns", "Visibility", "attend_runs", "attention", "contiguous_run"]
+__all__ = [
+    "SPLIT_KV_MAX_TOKENS",
+    "UNBOUNDED",
+    "KVRuns",
+    "Visibility",
+    "attend_runs",
+    "attention",
+    "contiguous_run",
+    "readable",
+]

@@ -19,7 +19,7 @@ from .runs import COUNT, RUN_FIELDS, START, UNBOUNDED, KVRuns, Visibility
 from .standard import STANDARD_SCRATCH, standard_scores, standard_softmax, standard_values
 from .task import BOOL_BIAS, NO_BIAS, make_task
 
-__all__ = ["SPLIT_KV_MAX_TOKENS", "attend_runs", "attention"]
+__all__ = ["SPLIT_KV_MAX_TOKENS", "attend_runs", "attention", "readable"]
 
 # Steps of at most that many tokens go to the split-KV decode kernel, larger ones to the prefill kernel.
 SPLIT_KV_MAX_TOKENS = 8
@@ -46,7 +46,7 @@ def attention(
     Returns:
         The output (B, Sq, Hq, Dv) in q's dtype and the natural log-sum-exp (B, Hq, Sq), float32.
     """
-    k, v = _readable(k), _readable(v)
+    k, v = readable(k), readable(v)
     batch = problem.batch
     table = np.empty((batch, RUN_FIELDS), np.int64)
     index = np.arange(batch)
@@ -62,7 +62,7 @@ def attention(
         right=np.full(batch, _side(problem.window_right)),
         sinks=np.zeros(batch, np.int64),
     )
-    call = _Call(_readable(q), runs, visibility, problem.scoring, keep_alive=(k, v))
+    call = _Call(readable(q), runs, visibility, problem.scoring, keep_alive=(k, v))
     if call.is_empty:
         return call.out, call.lse
     if algorithm == "standard":
@@ -98,7 +98,7 @@ def attend_runs(
         The output (N, T, Hq, Dv) in q's dtype and the natural log-sum-exp (N, Hq, T), float32; with `q_bounds`
         (T, Hq, Dv) and (Hq, T).
     """
-    call = _Call(_readable(q), runs, visibility, scoring, q_bounds)
+    call = _Call(readable(q), runs, visibility, scoring, q_bounds)
     if not call.is_empty:
         call.flash_v2()
     return call.out, call.lse
@@ -247,7 +247,7 @@ def _describe(
     )
 
 
-def _readable(array: NDArray[Any]) -> NDArray[Any]:
+def readable(array: NDArray[Any]) -> NDArray[Any]:
     """The array, or a copy where its last axis is not contiguous or its elements are not aligned."""
     if array.flags.aligned and (array.strides[-1] == array.itemsize or array.shape[-1] == 1):
         return array
