@@ -17,7 +17,12 @@ from numbaflash_service.demo.model import Llama
 from numbaflash_service.demo.service_process import ServiceProcess, ServiceUnavailableError, wait_until_serving
 from numbaflash_service.demo.tokenizer import Tokenizer
 
-DEMO = [sys.executable, "-c", "from numbaflash_service.cli import main; main()", "demo"]
+# A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
+START = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "from numbaflash_service.cli import main; main()"
+)
+DEMO = [sys.executable, "-c", START, "demo"]
 
 
 def demo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -136,14 +141,15 @@ def children(pid: int) -> list[int]:
 @pytest.mark.slow  # loads the model and starts a server: 5 s
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_takes_its_server_with_it(number: signal.Signals) -> None:
-    process = subprocess.Popen(
-        [*DEMO, "--max-new-tokens", "4000", "--raw", "--prompt", "1, 2, 3,"], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    while "1, 2, 3," not in process.stdout.readline():
-        pass
-    (server,) = children(process.pid)
-    process.send_signal(number)
-    assert process.wait(20) != 0
-    process.stdout.close()
-    assert not Path(f"/proc/{server}").exists()
+    command = [*DEMO, "--max-new-tokens", "4000", "--raw", "--prompt", "1, 2, 3,"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while "1, 2, 3," not in process.stdout.readline():
+            pass
+        (server,) = children(process.pid)
+        try:
+            process.send_signal(number)
+            assert process.wait(20) != 0
+        finally:
+            process.kill()
+        assert not Path(f"/proc/{server}").exists()
