@@ -1,0 +1,102 @@
+"""What follows the last key: sums over a row's lanes, the sink, the log-sum-exp, and O's way to global memory.
+
+O leaves through shared memory, so that each lane stores 16 successive bytes and a row's sectors are written whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.cuda import types
+
+from . import ptx
+from .products import WarpTile
+from .ptx import B32, B64, F32, constant, device_intrinsic
+from .softmax import LN_2
+from .tile import CHUNK, Registers, RowCopy, Rows, SharedTile, row_offset, step
+
+__all__ = ["finish_rows", "stage_output", "store_rows"]
+
+
+def finish_rows(warp: WarpTile, *, sinks: bool, lse: bool) -> Any:
+    """Return a device function that divides O by the row sums and writes the log-sum-exp.
+
+    A row that has seen nothing becomes zeros, with a log-sum-exp of -inf, or of its sink logit.
+
+    Its arguments: the row maxima in log2 units, the lane's share of the row sums, O, the sink logit * log2(e), the
+    address of the log-sum-exp of the lane's first row, and how many rows there are from that one on.
+    """
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> None:
+        row_max, row_sum, out = (Registers(context, builder, signature.args[i], values[i]) for i in range(3))
+        sink, lse_address, rows_left = values[3:]
+        zero, one = constant(F32, 0.0), constant(F32, 1.0)
+        lane = ptx.lane_id.emit(builder)
+        leads = builder.icmp_signed("==", builder.and_(lane, constant(B32, 3)), constant(B32, 0))
+        for row in range(warp.rows):
+            top, total, factor = row_max[row], row_sum[row], one
+            for mask in (1, 2):
+                total = builder.fadd(total, ptx.shuffle_xor.emit(builder, total, mask))
+            if sinks:
+                top = ptx.maximum.emit(builder, row_max[row], sink)
+                factor = ptx.exp2.emit(builder, builder.fsub(row_max[row], top))
+                total = builder.fma(total, factor, ptx.exp2.emit(builder, builder.fsub(sink, top)))
+            # Only a sum of nothing is 0: the largest weight is 1 or more.
+            empty = builder.fcmp_ordered("==", total, zero)
+            scale = builder.select(empty, zero, builder.fmul(factor, ptx.reciprocal.emit(builder, total)))
+            for column in range(warp.value_dim // 4):
+                index = warp.output(row, column)
+                out[index] = builder.fmul(out[index], scale)
+            if lse:
+                natural = builder.fmul(builder.fadd(top, ptx.log2.emit(builder, total)), constant(F32, LN_2))
+                exists = builder.icmp_signed(">", rows_left, constant(B32, row_offset(row)))
+                address = builder.add(lse_address, constant(B64, 4 * row_offset(row)))
+                ptx.store_global_f32_if.emit(
+                    builder, builder.zext(builder.and_(leads, exists), B32.llvm), address, natural
+                )
+        out.store()
+
+    return device_intrinsic(emit, [None, None, None, F32.numba, B64.numba, B32.numba], types.void)
+
+
+def stage_output(warp: WarpTile, tile: SharedTile) -> Any:
+    """Return a device function (lane's address in the warp's first row of O's tile, O) that rounds O into the tile."""
+    pack = ptx.pack_bf16 if warp.bfloat16 else ptx.pack_f16
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> None:
+        out = Registers(context, builder, signature.args[1], values[1])
+        for row in range(warp.rows):
+            for chunk in range(tile.columns // 8):
+                address, offset = step(builder, tile, values[0], row_offset(row), chunk)
+                pair = pack.emit(builder, *(out[warp.output(row, 2 * chunk + i)] for i in range(2)))
+                ptx.store_shared_b32.emit(builder, address, pair, offset)
+
+    return device_intrinsic(emit, [B32.numba, None], types.void)
+
+
+def store_rows(tile: SharedTile, threads: int) -> Any:
+    """Return a device function that stores O's tile in global memory, shared among the block's threads as by `RowCopy`.
+
+    Its arguments: the thread's address in the tile, its address in global memory of the tile's first step, bytes
+    between two rows there, the thread's chunk, and how many rows there are from the thread's own on.
+    """
+    copy = RowCopy(tile, threads, Rows.SOME)
+
+    def emit(_context: Any, builder: ir.IRBuilder, _signature: Any, values: Any) -> None:
+        shared, target, row_bytes, chunk, rows_left = values
+        chunks = tile.columns * tile.itemsize // CHUNK
+        row_step = builder.mul(row_bytes, constant(B64, copy.rows_at_once))
+        for row in range(0, tile.rows, copy.rows_at_once):
+            exists = builder.icmp_signed(">", rows_left, constant(B32, row))
+            for column in range(0, tile.pitch // CHUNK, copy.lanes):
+                inside = exists
+                if column + copy.lanes > chunks:
+                    inside = builder.and_(exists, builder.icmp_signed("<", chunk, constant(B32, chunks - column)))
+                along = column * CHUNK
+                ptx.move_16_if.emit(
+                    builder, builder.zext(inside, B32.llvm), shared, target, row * tile.pitch + along, along
+                )
+            target = builder.add(target, row_step)
+
+    return device_intrinsic(emit, [B32.numba, B64.numba, B64.numba, B32.numba, B32.numba], types.void)

@@ -1,0 +1,89 @@
+"""What the built code of flash_v2 may cost: these figures do not vary, whoever builds it."""
+
+from __future__ import annotations
+
+import pytest
+from flash import AMPERE, flash_of, machine_code
+
+from numbaflash.cuda.build import build
+from numbaflash.cuda.issue_model import tensor_share
+from numbaflash.cuda.sass import fast_path, hot_loop, pipe_cycles, tensor_instructions
+from numbaflash.cuda.scoring import Scoring
+from numbaflash.cuda.shapes import tile_shape
+from numbaflash.cuda.variant import Variant
+
+CAUSAL = Scoring(right=True)
+PLAIN = Scoring()
+HOT = [(128, PLAIN), (128, CAUSAL), (64, PLAIN), (64, CAUSAL)]
+EVERY_OPTION = Scoring(scaled=True, softcap=True, alibi=True, bias="float32", left=True, right=True)
+# Shared memory that a block may have, KiB.
+SHARED = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227}
+
+
+def loop_of(head_dim, scoring):
+    return hot_loop(machine_code(Variant(head_dim, head_dim, "float16", scoring)))
+
+
+@pytest.mark.parametrize(("head_dim", "scoring"), HOT)
+def test_instructions_per_mma_stay_within_their_budget(head_dim, scoring):
+    loop = loop_of(head_dim, scoring)
+    # The rescaling that hardly ever runs counts as well.
+    assert len(loop) / tensor_instructions(loop) <= {128: 3.5, 64: 4.3}[head_dim]
+
+
+@pytest.mark.parametrize(("head_dim", "scoring"), HOT)
+def test_the_issue_model_sees_the_tensor_cores_busy(head_dim, scoring):
+    # The loop as it runs where no maximum is raised, which is nearly always.
+    assert tensor_share(fast_path(loop_of(head_dim, scoring)), warps=2) >= {128: 0.79, 64: 0.76}[head_dim]
+
+
+@pytest.mark.parametrize("scoring", [PLAIN, CAUSAL])
+def test_fragments_are_loaded_for_two_mmas_each(scoring):
+    loop = loop_of(128, scoring)
+    assert pipe_cycles(loop)["smem"] / tensor_instructions(loop) <= 5.25
+
+
+@pytest.mark.parametrize("scoring", [PLAIN, CAUSAL, EVERY_OPTION, Scoring(bias="bool", right=True)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_nothing_is_spilled(head_dim, scoring):
+    variant = Variant(head_dim, head_dim, "bfloat16", scoring, sinks=True, lengths=True, lse=True)
+    assert build(flash_of(variant), AMPERE).usage.spill_bytes == 0
+
+
+OPTIONS = [
+    PLAIN,
+    Scoring(left=True, right=True),
+    Scoring(softcap=True, right=True),
+    Scoring(alibi=True, right=True),
+    *(Scoring(bias=kind, right=True) for kind in ("float16", "bfloat16", "float32", "bool")),
+    EVERY_OPTION,
+]
+
+
+@pytest.mark.slow  # 288 builds of a second and a half
+@pytest.mark.parametrize("head_dim", range(8, 129, 8))
+@pytest.mark.parametrize("scoring", OPTIONS, ids=str)
+def test_no_head_dim_up_to_128_spills_under_any_option(head_dim, scoring):
+    for rest in ({}, {"sinks": True, "lengths": True, "lse": True}):
+        variant = Variant(head_dim, head_dim, "bfloat16" if scoring.bias == "bfloat16" else "float16", scoring, **rest)
+        assert build(flash_of(variant), AMPERE).usage.spill_bytes == 0
+
+
+@pytest.mark.parametrize("cc", SHARED)
+def test_every_tile_fits_the_shared_memory_of_its_target(cc):
+    for head_dim in range(8, 257, 8):
+        for value_dim in {8, head_dim, 256}:
+            for bias in ("", "float32"):
+                flash = flash_of(Variant(head_dim, value_dim, "float16", Scoring(bias=bias)), cc)
+                assert flash.shared_bytes <= SHARED[cc] * 1024
+                blocks = tile_shape(head_dim, value_dim, cc, biased=bool(bias)).blocks
+                # A kibibyte of each block is the system's.
+                assert blocks * (flash.shared_bytes + 1024) <= (SHARED[cc] + 1) * 1024
+
+
+@pytest.mark.parametrize("cc", SHARED)
+def test_every_target_is_built_without_a_gpu(cc):
+    built = build(flash_of(Variant(128, 128, "float16", CAUSAL), cc), cc)
+    assert f".target sm_{cc[0]}{cc[1]}" in built.ptx
+    assert built.cubin[:4] == b"\x7fELF"
+    assert built.usage.spill_bytes == 0

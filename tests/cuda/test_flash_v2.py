@@ -1,0 +1,158 @@
+"""FlashAttention-2 on tensor cores, run instruction by instruction with every check on, against the float64 oracle."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from flash import assert_as_good_as_straightforward, attention
+from oracle import random_tokens
+
+
+def problem(
+    *, q_tokens=70, kv_tokens=150, batch=1, q_heads=2, kv_heads=1, head_dim=64, value_dim=None, dtype="float16", seed=1
+):
+    rng = np.random.default_rng(seed)
+    return (
+        random_tokens(rng, batch, q_tokens, q_heads, head_dim, dtype=np.dtype(dtype)),
+        random_tokens(rng, batch, kv_tokens, kv_heads, head_dim, dtype=np.dtype(dtype)),
+        random_tokens(rng, batch, kv_tokens, kv_heads, value_dim or head_dim, dtype=np.dtype(dtype)),
+    )
+
+
+def options_for(q, k):
+    """Sets of options by name, with arrays of the problem's shapes."""
+    batch, q_tokens, q_heads, _ = q.shape
+    kv_tokens = k.shape[1]
+    rng = np.random.default_rng(5)
+    seen = rng.random((batch, 1, q_tokens, kv_tokens)) < 0.7
+    added = rng.standard_normal((q_heads, q_tokens, kv_tokens)).astype(np.float32)
+    hidden = np.where(rng.random((q_tokens, kv_tokens)) < 0.3, -np.inf, 0).astype(q.dtype)
+    slopes = np.geomspace(0.5, 0.05, q_heads).astype(np.float32)
+    sinks = np.linspace(0.5, 3, q_heads).astype(np.float32)
+    lengths = rng.integers(0, kv_tokens + 1, batch)
+    lengths[0] = kv_tokens * 2 // 3
+    everything = {
+        "causal": True,
+        "window": (60, None),
+        "softcap": 3.0,
+        "bias": added,
+        "alibi_slopes": slopes,
+        "sink_logits": sinks,
+        "kv_lengths": lengths,
+    }
+    return {
+        "plain": {},
+        "causal": {"causal": True},
+        "window": {"window": (20, 5)},
+        "left window": {"window": (9, None)},
+        "causal window": {"causal": True, "window": (33, None)},
+        "softcap": {"softcap": 2.0},
+        "float bias": {"bias": added},
+        "bias in the arrays' dtype": {"bias": hidden},
+        "bool bias": {"bias": seen},
+        "bias of one row": {"bias": added[:, :1]},
+        "alibi": {"alibi_slopes": slopes},
+        "sinks": {"sink_logits": sinks},
+        "negative scale": {"scale": -0.2},
+        "lengths": {"kv_lengths": lengths},
+        "causal lengths": {"kv_lengths": lengths, "causal": True},
+        "all": everything,
+    }
+
+
+OPTION_NAMES = list(options_for(*problem()[:2]))
+
+
+@pytest.mark.parametrize("name", OPTION_NAMES)
+def test_an_option_means_what_the_oracle_says(name):
+    q, k, v = problem()
+    assert_as_good_as_straightforward(q, k, v, **options_for(q, k)[name])
+
+
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_bfloat16_is_computed_as_such(name):
+    q, k, v = problem(dtype="bfloat16")
+    assert_as_good_as_straightforward(q, k, v, **options_for(q, k)[name])
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim"), [(8, 8), (40, 40), (96, 96), (128, 128), (256, 256), (64, 128), (192, 72), (8, 256)]
+)
+def test_head_dims_of_keys_and_values_may_be_any_multiple_of_8(head_dim, value_dim):
+    assert_as_good_as_straightforward(*problem(head_dim=head_dim, value_dim=value_dim), causal=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("q_tokens", "kv_tokens"), [(1, 1), (1, 300), (129, 128), (200, 64), (257, 13), (128, 256)])
+def test_lengths_may_be_ragged_and_rows_may_see_nothing(q_tokens, kv_tokens, causal):
+    assert_as_good_as_straightforward(*problem(q_tokens=q_tokens, kv_tokens=kv_tokens), causal=causal)
+
+
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
+def test_query_heads_share_kv_heads_in_groups(q_heads, kv_heads):
+    q, k, v = problem(batch=2, q_tokens=33, kv_tokens=65, q_heads=q_heads, kv_heads=kv_heads)
+    assert_as_good_as_straightforward(q, k, v, causal=True)
+
+
+SHAPES = [(1, 1, 1, 1, 1), (1, 17, 129, 2, 1), (2, 150, 40, 2, 2), (1, 129, 300, 3, 1), (1, 260, 260, 1, 1)]
+DIMS = [(64, "float16"), (128, "bfloat16"), (72, "bfloat16")]
+
+
+@pytest.mark.slow  # 240 launches on the emulator and 48 builds: two minutes
+@pytest.mark.parametrize(("dims", "name"), list(itertools.product(DIMS, OPTION_NAMES)))
+def test_every_option_holds_at_every_shape(dims, name):
+    head_dim, dtype = dims
+    for i, (batch, q_tokens, kv_tokens, q_heads, kv_heads) in enumerate(SHAPES):
+        q, k, v = problem(
+            batch=batch,
+            q_tokens=q_tokens,
+            kv_tokens=kv_tokens,
+            q_heads=q_heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            seed=i,
+        )
+        assert_as_good_as_straightforward(q, k, v, **options_for(q, k)[name])
+
+
+def test_keys_beyond_their_length_are_never_read():
+    q, k, v = problem(batch=2, kv_tokens=150)
+    k[1, 90:], v[1, 90:] = np.nan, np.nan
+    out, _, _ = attention(q, k, v, kv_lengths=[150, 90])
+    assert np.isfinite(out).all()
+
+
+def test_a_maximum_that_grows_late_rescales_what_came_before():
+    q, k, v = problem(q_tokens=64, kv_tokens=512)
+    q[:] = np.abs(q)
+    k[:] = np.linspace(3, -3, 512)[None, :, None, None]  # keys are visited last to first: each block exceeds the last
+    assert_as_good_as_straightforward(q, k, v)
+
+
+def test_a_bias_of_minus_infinity_hides_a_key_whatever_it_holds():
+    q, k, v = problem(q_tokens=16, kv_tokens=96)
+    k[:, 10] = np.nan
+    bias = np.zeros((16, 96), np.float32)
+    bias[:, 10] = -np.inf
+    out, _, _ = attention(q, k, v, bias=bias)
+    assert np.isfinite(out).all()
+
+
+def test_blocks_outside_the_window_are_not_visited():
+    q, k, v = problem(q_tokens=128, kv_tokens=1024)
+    _, _, full = attention(q, k, v)
+    _, _, windowed = attention(q, k, v, causal=True, window=(127, None))
+    # 128 rows and their 127 predecessors: 2 blocks of 128 keys instead of 8.
+    assert windowed.instructions["tensor"] * 4 == full.instructions["tensor"]
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_no_shared_access_loses_a_wavefront_and_every_sector_is_used_whole(head_dim):
+    q, k, v = problem(q_tokens=128, kv_tokens=256, head_dim=head_dim)
+    _, _, counts = attention(q, k, v)
+    assert sum(access.conflicts for access in counts.shared) == 0
+    assert counts.local_bytes == 0
+    assert all(access.efficiency == 1 for access in counts.global_)
