@@ -60,10 +60,10 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.slow  # 288 builds of a second and a half
-@pytest.mark.parametrize("head_dim", range(8, 129, 8))
+@pytest.mark.slow  # 72 builds of a second and a half
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
 @pytest.mark.parametrize("scoring", OPTIONS, ids=str)
-def test_no_head_dim_up_to_128_spills_under_any_option(head_dim, scoring):
+def test_the_usual_head_dims_spill_under_no_option(head_dim, scoring):
     for rest in ({}, {"sinks": True, "lengths": True, "lse": True}):
         variant = Variant(head_dim, head_dim, "bfloat16" if scoring.bias == "bfloat16" else "float16", scoring, **rest)
         assert build(flash_of(variant), AMPERE).usage.spill_bytes == 0
