@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -41,21 +42,21 @@ def check_arrays(**arrays: Any) -> None:
     for name, array in given:
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
             raise TypeError(f"{name} must be an array, got {type(array).__name__}")
-        dtype = _dtype_name(array)
+        dtype = _dtype_name(array.dtype)
         if dtype not in _DTYPES:
             raise TypeError(
                 f"{name} must be float16 or bfloat16, as in flash-attn (numbaflash.attention takes float32 too), "
                 f"got {dtype}"
             )
-        if dtype != _dtype_name(template):
-            raise TypeError(f"{name} must have {first}'s dtype {_dtype_name(template)}, got {dtype}")
+        if dtype != _dtype_name(template.dtype):
+            raise TypeError(f"{name} must have {first}'s dtype {_dtype_name(template.dtype)}, got {dtype}")
         check_device(name, array, first, template)
 
 
 def check_device(name: str, array: Any, other: str, template: Any) -> None:
     """Raise ValueError unless two arrays, of any libraries, are on the same device."""
-    device, expected = (str(getattr(a, "device", "cpu")) for a in (array, template))
-    if device != expected:
+    device, expected = getattr(array, "device", "cpu"), getattr(template, "device", "cpu")
+    if device != expected and str(device) != str(expected):
         raise ValueError(f"{name} must be on {other}'s device {expected}, got {device}")
 
 
@@ -122,8 +123,8 @@ def slopes(alibi_slopes: Any, batch: int, q_heads: int, q: Any) -> Any:
     """Return the ALiBi slopes as they came, or raise unless they are float32 of shape (heads,) or (batch, heads)."""
     if alibi_slopes is None:
         return None
-    if not hasattr(alibi_slopes, "dtype") or _dtype_name(alibi_slopes) != "float32":
-        kind = _dtype_name(alibi_slopes) if hasattr(alibi_slopes, "dtype") else type(alibi_slopes).__name__
+    if not hasattr(alibi_slopes, "dtype") or _dtype_name(alibi_slopes.dtype) != "float32":
+        kind = _dtype_name(alibi_slopes.dtype) if hasattr(alibi_slopes, "dtype") else type(alibi_slopes).__name__
         raise TypeError(f"alibi_slopes must be a float32 array, got {kind}")
     if tuple(alibi_slopes.shape) not in ((q_heads,), (batch, q_heads)):
         raise ValueError(
@@ -157,5 +158,7 @@ def stored_lse(lse: Any) -> Any:
     return lse
 
 
-def _dtype_name(array: Any) -> str:
-    return str(array.dtype).rpartition(".")[2]
+@functools.cache
+def _dtype_name(dtype: Any) -> str:
+    """The name of any library's dtype: "torch.float16" is "float16"."""
+    return str(dtype).rpartition(".")[2]

@@ -74,10 +74,13 @@ def page_runs(
 
 
 def join_runs(parts: list[OwnedRuns], sequences: int, k: NDArray[Any]) -> KVRuns:
-    """Put each sequence's runs side by side, in the order of the parts."""
-    owner, table = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    """Put each sequence's runs side by side, in the order of the parts; each part is in order of the sequences."""
+    owner, table = parts[0]
+    if len(parts) > 1:
+        owner, table = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        table = table[np.argsort(owner, kind="stable")]
     return KVRuns(
-        table=table[np.argsort(owner, kind="stable")],
+        table=table,
         bounds=np.concatenate(([0], np.cumsum(np.bincount(owner, minlength=sequences)))),
         dtype=k.dtype,
         kv_heads=k.shape[-2],

@@ -1,0 +1,198 @@
+"""The PyTorch operator, and scaled_dot_product_attention computed by numbaflash."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812  # as everybody calls it
+
+import numbaflash
+from numbaflash.integrations import torch as door
+from numbaflash.integrations.torch import attention, sdpa
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def qkv(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return normal(2, 5, 4, 16, dtype=dtype), normal(2, 9, 2, 16, dtype=dtype), normal(2, 9, 2, 24, dtype=dtype)
+
+
+OPTIONS = [
+    {},
+    {"causal": True, "scale": 0.3},
+    {"window": (3, 1), "softcap": 2.0},
+    {"bias": normal(2, 1, 5, 9), "alibi_slopes": normal(4).abs(), "sink_logits": normal(4)},
+    {"kv_lengths": torch.tensor([4, 9])},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+def test_the_operator_is_attention(options: dict) -> None:
+    q, k, v = qkv()
+    out, lse = attention(q, k, v, return_lse=True, **options)
+    expected, expected_lse = numbaflash.attention(q, k, v, return_lse=True, **options)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_is_green(dtype: torch.dtype, requires_grad: bool) -> None:
+    tensors = [tensor.requires_grad_(requires_grad) for tensor in qkv(dtype)]
+    options = {"causal": True, "softcap": 2.0, "sink_logits": normal(4), "bias": normal(2, 1, 5, 9)}
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if not requires_grad:  # with gradients it runs a backward pass, which there is not
+        tests.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.numbaflash.attention.default, tensors, options, test_utils=tests)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile_keeps_it_in_one_piece(backend: str) -> None:
+    def block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention(q * 2, k, v, causal=True, window=(4, None)).relu() + 1
+
+    q, k, v = qkv()
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(q, k, v), block(q, k, v))
+        torch.testing.assert_close(compiled(q[:1], k[:1], v[:1]), block(q[:1], k[:1], v[:1]))
+
+
+@pytest.mark.slow  # Inductor calls a C++ compiler
+def test_inductor_compiles_around_it() -> None:
+    q, k, v = qkv()
+    compiled = torch.compile(lambda: attention(q * 2, k, v, causal=True).relu() + 1, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(), attention(q * 2, k, v, causal=True).relu() + 1)
+
+
+def test_a_meta_tensor_gives_shapes_and_dtypes() -> None:
+    out, lse = attention(*(tensor.to("meta") for tensor in qkv(torch.bfloat16)), return_lse=True)
+    assert (out.shape, out.dtype) == ((2, 5, 4, 24), torch.bfloat16)
+    assert (lse.shape, lse.dtype) == ((2, 4, 5), torch.float32)
+
+
+def test_a_backward_pass_says_that_there_is_none() -> None:
+    q, k, v = qkv()
+    out = attention(q.requires_grad_(), k, v)
+    with pytest.raises(NotImplementedError, match="no backward pass"):
+        out.sum().backward()
+
+
+def test_other_devices_and_dtypes_name_both() -> None:
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match="k must be on q's device cpu, got meta"):
+        attention(q, k.to("meta"), v)
+    with pytest.raises(TypeError, match=r"v must have q's dtype torch\.float32, got torch\.float16"):
+        attention(q, k, v.half())
+
+
+def heads_first(q_tokens: int = 6, kv_tokens: int = 6, heads: tuple[int, int] = (4, 4)) -> list[torch.Tensor]:
+    return [normal(2, heads[0], q_tokens, 16), normal(2, heads[1], kv_tokens, 16), normal(2, heads[1], kv_tokens, 24)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options"),
+    [
+        ((6, 6), {}),
+        ((6, 6), {"scale": 0.1, "is_causal": True}),
+        ((3, 7), {"is_causal": True}),  # top-left aligned, unlike numbaflash's own
+        ((7, 3), {"is_causal": True}),
+        ((6, 9), {"attn_mask": normal(6, 9) > 0}),
+        ((6, 9), {"attn_mask": normal(2, 1, 6, 9)}),
+        ((6, 9), {"attn_mask": normal(4, 1, 9)}),
+    ],
+    ids=str,
+)
+def test_sdpa_computes_what_pytorch_computes(
+    lengths: tuple[int, int], options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    compute = door._compute
+    monkeypatch.setattr(door, "_compute", lambda *args, **named: calls.append(1) or compute(*args, **named))
+    tensors = heads_first(*lengths)
+    expected = F.scaled_dot_product_attention(*tensors, **options)
+    with sdpa():
+        out = F.scaled_dot_product_attention(*tensors, **options)
+    torch.testing.assert_close(out, expected)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sdpa_groups_heads(dtype: torch.dtype) -> None:
+    tensors = [tensor.to(dtype) for tensor in heads_first(heads=(4, 2))]
+    expected = F.scaled_dot_product_attention(*(x.float() for x in tensors), is_causal=True, enable_gqa=True)
+    with sdpa():
+        out = F.scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), expected, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("axes", [3, 5])
+def test_sdpa_takes_any_number_of_batch_axes(axes: int) -> None:
+    tensors = [tensor[0] if axes == 3 else tensor.reshape(2, 1, *tensor.shape[1:]) for tensor in heads_first()]
+    mask = normal(6, 6) > 0 if axes == 3 else normal(2, 1, 1, 6, 6)
+    expected = F.scaled_dot_product_attention(*tensors, attn_mask=mask)
+    with sdpa():
+        torch.testing.assert_close(F.scaled_dot_product_attention(*tensors, attn_mask=mask), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda tensors: ([x.double() for x in tensors], {}), "dtypes are torch.float64"),
+        (lambda tensors: (tensors, {"dropout_p": 0.5}), "dropout_p"),
+        (lambda tensors: ([x.requires_grad_() for x in tensors], {}), "requires grad"),
+        (lambda tensors: ([x.repeat(1, 1, 1, 20) for x in tensors], {}), "head dims are 320"),
+        (lambda tensors: ([tensors[0], tensors[1][:1], tensors[2][:1]], {}), "must be broadcast"),
+    ],
+)
+def test_sdpa_leaves_to_pytorch_what_it_cannot_serve_and_says_so_once(change, reason: str) -> None:
+    tensors, options = change(heads_first())
+    torch.manual_seed(0)
+    expected = F.scaled_dot_product_attention(*tensors, **options)
+    torch.manual_seed(0)
+    with sdpa(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        out = F.scaled_dot_product_attention(*tensors, **options)
+        F.scaled_dot_product_attention(*tensors, **options)
+    assert [reason in str(warning.message) for warning in said] == [True]
+    assert torch.equal(out, expected)
+
+
+def test_sdpa_leaves_pytorchs_own_errors_to_pytorch() -> None:
+    q, k, v = heads_first(heads=(4, 3))
+    with warnings.catch_warnings(), sdpa():
+        warnings.simplefilter("ignore")
+        with pytest.raises(RuntimeError):
+            F.scaled_dot_product_attention(q, k, v)
+
+
+def test_sdpa_serves_its_own_thread_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    compute = door._compute
+    monkeypatch.setattr(door, "_compute", lambda *args, **named: calls.append(1) or compute(*args, **named))
+    tensors = heads_first()
+    with sdpa():
+        other = threading.Thread(target=lambda: F.scaled_dot_product_attention(*tensors))
+        other.start()
+        other.join()
+    F.scaled_dot_product_attention(*tensors)
+    assert calls == []
+
+
+def test_sdpa_serves_a_module_that_knows_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = torch.nn.TransformerDecoderLayer(32, 4, 64, batch_first=True).train(False)
+    x, memory = normal(2, 6, 32), normal(2, 9, 32)
+    # Outside of inference the layer calls scaled_dot_product_attention; its fused kernels know no mode.
+    monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
+    with torch.no_grad():
+        expected = layer(x, memory)
+        with sdpa():
+            torch.testing.assert_close(layer(x, memory), expected)
