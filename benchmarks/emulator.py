@@ -73,11 +73,12 @@ def _kernels(launch: Callable[..., Any]) -> dict[str, Callable[[], Any]]:
 
 def _attention() -> Callable[[], Any]:
     """FlashAttention-2 on tensor cores: 2 x 4 heads x 300 x 333 x 128, float16."""
-    from numba.cuda.compiler import compile_ptx
-
+    from numbaflash.cuda.arguments import Arrays, Strided
+    from numbaflash.cuda.build import build
     from numbaflash.cuda.device import EmulatedDevice
-    from numbaflash.cuda.flash_v2 import Arrays, FlashV2, Strided, Variant
+    from numbaflash.cuda.flash_v2 import FlashV2
     from numbaflash.cuda.shapes import tile_shape
+    from numbaflash.cuda.variant import Variant
     from numbaflash.problem import describe
 
     device = EmulatedDevice()
@@ -86,9 +87,8 @@ def _attention() -> Callable[[], Any]:
     for name, x in arrays.items():
         device.copy_in(buffers[name].address, x)
     problem = describe(arrays["q"], arrays["k"], arrays["v"])
-    flash = FlashV2(Variant(128, 128, "float16"), tile_shape(128, 128))
-    ptx, _ = compile_ptx(flash.kernel(), flash.signature, cc=(8, 0), fastmath=True)
-    kernel = device.load(ptx, max_shared=flash.shared_bytes)
+    flash = FlashV2(Variant(128, 128, "float16"), tile_shape(128, 128, (8, 0)))
+    kernel = device.load(build(flash, (8, 0)).ptx, max_shared=flash.shared_bytes)
     placed = Arrays(*(Strided(buffers[name].address, x.strides) for name, x in arrays.items()))
     scalars = flash.arguments(problem, placed)
     grid = flash.grid(problem)

@@ -21,7 +21,9 @@ AMPERE = (8, 0)
 
 
 def flash_of(variant, cc=AMPERE):
-    shape = tile_shape(variant.head_dim, variant.value_dim, cc, biased=bool(variant.scoring.bias))
+    shape = tile_shape(
+        variant.head_dim, variant.value_dim, cc, scored=variant.scoring.in_log2_units, biased=bool(variant.scoring.bias)
+    )
     return FlashV2(variant, shape)
 
 

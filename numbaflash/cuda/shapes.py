@@ -38,21 +38,24 @@ class TileShape:
     copy_after: int
 
 
-def tile_shape(head_dim: int, value_dim: int, cc: tuple[int, int], *, biased: bool = False) -> TileShape:
+def tile_shape(
+    head_dim: int, value_dim: int, cc: tuple[int, int], *, scored: bool = False, biased: bool = False
+) -> TileShape:
     """Return the tile shape for 16-bit elements.
 
     Args:
         head_dim: Elements of a query and a key.
         value_dim: Elements of a value.
         cc: Compute capability; 8.6 and 8.9 have less shared memory than 8.0 and 9.0.
-        biased: A bias is added to each score: its loads under way take registers, which half as many keys leave free.
+        scored: A score is more than scale * q.k (`Scoring.in_log2_units`), which takes registers.
+        biased: A bias is among it: loads under way take more of them.
     """
     widest = max(head_dim, value_dim)
     little = cc in ((8, 6), (8, 9))
     if widest <= 64:
         # 128 keys: S and O take 192 registers, as at 128. With 64 keys the rescaling, the barriers and the loop weigh
         # twice as much. 48 KiB: two blocks fit everywhere. Model 0.81, causal 0.79; other orders of loads 0.72 to 0.80.
-        return TileShape(128, 64 if biased else 128, 4, 2, k_ahead=1, v_ahead=2, copy_after=14)
+        return TileShape(128, 64 if scored else 128, 4, 2, k_ahead=1, v_ahead=2, copy_after=14)
     if widest <= 128:
         # 64 keys, 64 KiB: two blocks. Model 0.84, causal 0.82; other orders of loads 0.76 to 0.86. On 8.6 and 8.9 that
         # leaves room for one block of 4 warps; with 32 keys, 48 KiB, there are two.

@@ -76,7 +76,7 @@ def test_every_tile_fits_the_shared_memory_of_its_target(cc):
             for bias in ("", "float32"):
                 flash = flash_of(Variant(head_dim, value_dim, "float16", Scoring(bias=bias)), cc)
                 assert flash.shared_bytes <= SHARED[cc] * 1024
-                blocks = tile_shape(head_dim, value_dim, cc, biased=bool(bias)).blocks
+                blocks = tile_shape(head_dim, value_dim, cc, scored=bool(bias), biased=bool(bias)).blocks
                 # A kibibyte of each block is the system's.
                 assert blocks * (flash.shared_bytes + 1024) <= (SHARED[cc] + 1) * 1024
 
