@@ -37,7 +37,7 @@ def _forward_only() -> Any:
         @staticmethod
         def backward(_context: Any, *_gradients: Any) -> Any:
             raise NotImplementedError(
-                "numbaflash.flash_attn has no backward pass: call it under torch.no_grad(), or train with "
+                "numbaflash has no backward pass: call it under torch.no_grad(), or train with "
                 "torch.nn.functional.scaled_dot_product_attention"
             )
 

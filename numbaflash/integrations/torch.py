@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from .. import api
 from ..problem import MAX_HEAD_DIM
 
-__all__ = ["attention", "sdpa"]
+__all__ = ["attention", "attention_heads_first", "sdpa"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -139,9 +139,9 @@ class sdpa(TorchFunctionMode):  # noqa: N801  # a context manager, written like 
         """Serve a call of scaled_dot_product_attention, and let all others pass."""
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        return self._serve(*args, **(kwargs or {}))
+        return self._serve_or_leave(*args, **(kwargs or {}))
 
-    def _serve(
+    def _serve_or_leave(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -165,11 +165,45 @@ class sdpa(TorchFunctionMode):  # noqa: N801  # a context manager, written like 
             query, key, value = (tensor.reshape(-1, *tensor.shape[-3:]) for tensor in (query, key, value))
             if attn_mask is not None and attn_mask.dim() > 3:
                 attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).reshape(-1, *attn_mask.shape[-3:])
-            return _attend(query, key, value, attn_mask, is_causal, scale).reshape(*lead, *query.shape[1:3], -1)
-        return _attend(query, key, value, attn_mask, is_causal, scale)
+            return _serve(query, key, value, attn_mask, is_causal, scale).reshape(*lead, *query.shape[1:3], -1)
+        return _serve(query, key, value, attn_mask, is_causal, scale)
 
 
-def _attend(
+def attention_heads_first(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] = (None, None),
+    softcap: float = 0.0,
+    bias: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`attention` of tensors (batch, heads, tokens, head_dim), as PyTorch has them; the output has tokens first.
+
+    It goes through the operator only where autograd or a compiler must see it: the dispatcher takes 15 us.
+    """
+    seen = torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    )
+    compute: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _operator if seen else _compute
+    out, _ = compute(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        scale,
+        False,
+        *window,
+        softcap,
+        bias,
+        None,
+        sink_logits,
+    )
+    return out
+
+
+def _serve(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -177,23 +211,14 @@ def _attend(
     is_causal: bool,
     scale: float | None,
 ) -> torch.Tensor:
-    """Attention of tensors (batch, heads, tokens, head_dim)."""
+    """scaled_dot_product_attention of tensors (batch, heads, tokens, head_dim)."""
     window_right = None
     if is_causal:
         # PyTorch aligns the causal mask to the top left: query i sees key j <= i.
         tokens = query.shape[2]
         key, value = key[:, :, :tokens], value[:, :, :tokens]
         window_right = tokens - key.shape[2]
-    # Autograd has nothing to see here: only a compiler needs the operator, whose way through the dispatcher is 15 us.
-    compute: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _operator if torch.compiler.is_compiling() else _compute
-    out, _ = compute(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        scale,
-        window_right=window_right,
-        bias=attn_mask,
-    )
+    out = attention_heads_first(query, key, value, scale=scale, window=(None, window_right), bias=attn_mask)
     return out.transpose(1, 2)
 
 

@@ -1,0 +1,319 @@
+"""Caches for `generate()` that keep keys and values in numbaflash's rings: `RingCache` here, `ServiceCache` remote.
+
+A model hands new keys and values to its cache, and what it gets back to the attention function. These caches give back
+a ticket, and the attention function takes the step (append and attend) with it. So the ring changes only when the
+attention succeeds, and no model ever gets keys and values that it would attend to in another way.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from ..cache.ring import RingKVCache, attention_batch
+
+__all__ = ["RingCache", "ServiceCache", "Ticket"]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Of the rings that a model needs."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    capacity: int
+
+
+class Ticket(torch.Tensor):
+    """Stands for keys (or values) in a ring; everything but numbaflash's attention that touches it raises.
+
+    Attributes:
+        cache: The cache that holds the ring.
+        layer: Layer of the model.
+        new_keys: The step's, (batch, kv heads, tokens, head_dim).
+        new_values: Likewise.
+    """
+
+    cache: StepCache
+    layer: int
+    new_keys: torch.Tensor
+    new_values: torch.Tensor
+
+    @classmethod
+    def __torch_function__(
+        cls, _func: Any, _types: Sequence[type], _args: Sequence[Any] = (), _kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Raise: some other code takes the ticket for keys or values."""
+        raise RuntimeError(
+            'a RingCache or ServiceCache needs a model with attn_implementation="numbaflash" '
+            "(numbaflash.integrations.transformers.register() makes it known)"
+        )
+
+
+class StepCache(Cache, abc.ABC):
+    """A ring for each sequence of the batch, made at the first step, when the model's shape is known."""
+
+    is_compileable = False
+
+    def __init__(self, capacity: int | None, sink_tokens: int, dtype: str | None, rollback: int) -> None:
+        super().__init__(layers=[])
+        self._capacity = capacity
+        self._sink_tokens = sink_tokens
+        self._rollback = rollback
+        self._dtype = dtype
+        self._rings: list[Any] = []
+        self._seen: dict[int, int] = {}  # tokens of each layer, padding included
+
+    @abc.abstractmethod
+    def _make(self, shape: _Shape, batch: int) -> list[Any]:
+        """Make an empty ring for each sequence."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tickets for the attention function; nothing is stored before it has attended."""
+        ticket: Ticket = torch.Tensor._make_subclass(Ticket, key_states.detach())
+        ticket.cache, ticket.layer, ticket.new_keys, ticket.new_values = self, layer_idx, key_states, value_states
+        return ticket, ticket
+
+    def step(
+        self,
+        ticket: Ticket,
+        query: torch.Tensor,
+        valid: torch.Tensor | None,
+        config: Any,
+        window: int | None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Append a step's keys and values and attend with its queries.
+
+        Args:
+            ticket: From `update`.
+            query: (batch, q heads, tokens, head_dim).
+            valid: (batch, tokens) bool: the tokens that are no padding; the rings never see the others. None: all.
+            config: The model's.
+            window: The layer's own sliding window; None for none.
+            options: Of `RingKVCache.step`.
+
+        Returns:
+            (batch, tokens, q heads, head_dim); zeros for padding.
+        """
+        q, k, v = (tensor.detach().transpose(1, 2) for tensor in (query, ticket.new_keys, ticket.new_values))
+        capacity = self._rings_capacity(config)
+        if window is not None and window < capacity:
+            raise ValueError(f"capacity must be at most the model's sliding window {window}, got {capacity}")
+        if not self._rings:
+            self._rings = self._make(self._shape(k, config), len(k))
+        if len(self._rings) != len(k):
+            raise ValueError(f"the cache holds {len(self._rings)} sequences, got a batch of {len(k)}")
+        if valid is None:
+            out = self._step_all(ticket.layer, q, k, v, options)
+        else:
+            out = torch.zeros_like(q)
+            for b, ring in enumerate(self._rings):
+                if valid[b].any():
+                    taken = valid[b]
+                    out[b, taken] = ring.step(ticket.layer, q[b, taken], k[b, taken], v[b, taken], **options)
+        self._seen[ticket.layer] = self._seen.get(ticket.layer, 0) + k.shape[1]
+        return out
+
+    def _step_all(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
+    ) -> torch.Tensor:
+        steps = [ring.step(layer, q[b], k[b], v[b], **options) for b, ring in enumerate(self._rings)]
+        return torch.stack(steps)
+
+    def _shape(self, k: torch.Tensor, config: Any) -> _Shape:
+        text = config.get_text_config()
+        return _Shape(
+            num_layers=text.num_hidden_layers,
+            num_kv_heads=k.shape[2],
+            head_dim=k.shape[3],
+            dtype=self._dtype or str(k.dtype).removeprefix("torch."),
+            capacity=self._rings_capacity(config),
+        )
+
+    def _rings_capacity(self, config: Any) -> int:
+        if self._capacity is not None:
+            return self._capacity
+        return int(config.get_text_config().max_position_embeddings)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the tokens that a layer has seen, padding included: the position of the next one."""
+        return self._seen.get(layer_idx, 0)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Return the length and offset of a mask over all tokens seen; the ring bounds what of it counts."""
+        return self.get_seq_length(layer_idx) + query_length, 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Return the position of the next token."""
+        return self.get_seq_length(layer_idx)
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002  # the same for all
+        """Return -1: a sequence may grow without end, the ring forgets."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget all sequences."""
+        self._rings = []
+        self._seen = {}
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences, -1 before the first step."""
+        return len(self._rings) or -1
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether a step has been taken."""
+        return bool(self._rings)
+
+
+class RingCache(StepCache):
+    """A bounded window and sink tokens for `generate(cache=...)`: `RingKVCache` for each sequence of the batch.
+
+    The model must have been loaded with `attn_implementation="numbaflash"`. Generation equals that of the same model
+    with a sliding window of `capacity` tokens, beside the sink tokens (StreamingLLM, section 3.2); positions count on.
+
+    Args:
+        capacity: Tokens that stay visible, sink tokens included.
+        sink_tokens: First tokens that stay visible.
+        dtype: Storage, "float32", "float16" or "bfloat16"; None is the model's.
+        rollback: Newest tokens that `crop` can take back (speculative decoding).
+    """
+
+    is_croppable = True
+
+    def __init__(self, capacity: int, *, sink_tokens: int = 0, dtype: str | None = None, rollback: int = 64) -> None:
+        super().__init__(capacity, sink_tokens, dtype, rollback)
+
+    def _make(self, shape: _Shape, batch: int) -> list[Any]:
+        return [
+            RingKVCache(
+                shape.num_layers,
+                shape.num_kv_heads,
+                shape.head_dim,
+                capacity=shape.capacity,
+                dtype=shape.dtype,
+                sink_tokens=self._sink_tokens,
+                rollback=self._rollback,
+            )
+            for _ in range(batch)
+        ]
+
+    def _step_all(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
+    ) -> torch.Tensor:
+        out: torch.Tensor = attention_batch(self._rings, layer, q, k, v, **options)
+        return out
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest tokens of every sequence.
+
+        Args:
+            tokens_to_remove: 0, or minus the number of tokens.
+
+        Raises:
+            ValueError: More than `rollback` tokens would leave holes in the window.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}")
+        for ring in self._rings:
+            ring.truncate(ring.length(0) + tokens_to_remove)
+        self._seen = {layer: seen + tokens_to_remove for layer, seen in self._seen.items()}
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let each beam go on from the one that it came from; pages are shared until they differ."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence."""
+        self._rings = [ring.fork() for ring in self._rings for _ in range(repeats)]
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences at `indices`, in that order."""
+        self._rings = [self._rings[index].fork() for index in indices.tolist()]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages in use."""
+        return sum(ring.nbytes for ring in self._rings)
+
+
+class ServiceCache(StepCache):
+    """The same, in a numbaflash service: the model's attention and its KV memory live there, a session a sequence.
+
+    Beams cannot be reordered and tokens not be taken back: use greedy search or sampling.
+
+    Args:
+        client: `numbaflash_service.Client`.
+        capacity: Tokens that stay visible, sink tokens included; None is the model's `max_position_embeddings`.
+        sink_tokens: First tokens that stay visible.
+        dtype: Storage, "float32", "float16" or "bfloat16"; None is the model's.
+    """
+
+    def __init__(
+        self, client: Any, *, capacity: int | None = None, sink_tokens: int = 0, dtype: str | None = None
+    ) -> None:
+        super().__init__(capacity, sink_tokens, dtype, rollback=0)
+        self._client = client
+
+    def _make(self, shape: _Shape, batch: int) -> list[Any]:
+        sessions: list[Any] = []
+        try:
+            for _ in range(batch):
+                sessions.append(  # noqa: PERF401  # what is open when one fails must be closed
+                    self._client.create_session(
+                        shape.num_layers,
+                        shape.num_kv_heads,
+                        shape.head_dim,
+                        capacity=shape.capacity,
+                        dtype=shape.dtype,
+                        sink_tokens=self._sink_tokens,
+                        rollback=self._rollback,
+                    )
+                )
+        except Exception:
+            for session in sessions:
+                session.close()
+            raise
+        return sessions
+
+    def reset(self) -> None:
+        """Forget all sequences, and end their sessions."""
+        self.close()
+        super().reset()
+
+    def close(self) -> None:
+        """End the sessions; a client that is closed does so, too."""
+        for session in self._rings:
+            session.close()
+        self._rings = []
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take nothing back.
+
+        Raises:
+            NotImplementedError: Unless `tokens_to_remove` is 0.
+        """
+        if tokens_to_remove:
+            raise NotImplementedError(
+                "a ServiceCache cannot take tokens back: use a RingCache for speculative decoding"
+            )
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Keep the beams as they are.
+
+        Raises:
+            NotImplementedError: Unless that is the order that was asked for.
+        """
+        if beam_idx.tolist() != list(range(len(self._rings))):
+            raise NotImplementedError("a ServiceCache cannot reorder beams: use a RingCache for beam search")
