@@ -112,7 +112,9 @@ def flash_attn_with_kvcache(
 
         out, lse = attend_runs(
             queries,
-            join_runs([cache.runs(), *([] if new is None else [cache.new_runs(*new)])], batch, cache.keys),
+            join_runs(
+                [cache.runs(), *([] if new is None else [cache.new_runs(*new)])], batch, cache.keys, cache.values
+            ),
             visibility(q_tokens, cache.visible + (0 if new is None else new[0].shape[1]), window),
             describe_scoring(
                 batch=batch,

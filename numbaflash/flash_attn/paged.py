@@ -73,19 +73,20 @@ def page_runs(
     return owner, table
 
 
-def join_runs(parts: list[OwnedRuns], sequences: int, k: NDArray[Any]) -> KVRuns:
+def join_runs(parts: list[OwnedRuns], sequences: int, k: NDArray[Any], v: NDArray[Any]) -> KVRuns:
     """Put each sequence's runs side by side, in the order of the parts; each part is in order of the sequences."""
     owner, table = parts[0]
     if len(parts) > 1:
         owner, table = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-        table = table[np.argsort(owner, kind="stable")]
+        order = np.argsort(owner, kind="stable")
+        owner, table = owner[order], table[order]
     return KVRuns(
         table=table,
-        bounds=np.concatenate(([0], np.cumsum(np.bincount(owner, minlength=sequences)))),
+        bounds=np.searchsorted(owner, np.arange(sequences + 1)),
         dtype=k.dtype,
         kv_heads=k.shape[-2],
         head_dim=k.shape[-1],
-        value_dim=k.shape[-1],
+        value_dim=v.shape[-1],
     )
 
 
@@ -111,20 +112,15 @@ def check_pages(
 
 def visibility(q_tokens: NDArray[np.int64] | int, kv_tokens: NDArray[np.int64], window: Window) -> Visibility:
     """Bottom-right alignment: the last query of a sequence stands where its last key does."""
-    left, right = (UNBOUNDED if side is None else side for side in window)
-    sequences = len(kv_tokens)
-    return Visibility(
-        q_start=kv_tokens - q_tokens,
-        left=np.full(sequences, left),
-        right=np.full(sequences, right),
-        sinks=np.zeros(sequences, np.int64),
-    )
+    left, right, sinks = sides = np.empty((3, len(kv_tokens)), np.int64)
+    sides.T[:] = (*(UNBOUNDED if side is None else side for side in window), 0)
+    return Visibility(kv_tokens - q_tokens, left, right, sinks)
 
 
 def _rows(count: int, k: NDArray[Any], v: NDArray[Any]) -> NDArray[np.int64]:
     table = np.empty((count, RUN_FIELDS), np.int64)
     table[:, K_ADDRESS] = k.ctypes.data
     table[:, V_ADDRESS] = v.ctypes.data
-    table[:, [K_TOKEN_STRIDE, K_HEAD_STRIDE]] = k.strides[-3:-1]
-    table[:, [V_TOKEN_STRIDE, V_HEAD_STRIDE]] = v.strides[-3:-1]
+    table[:, K_TOKEN_STRIDE], table[:, K_HEAD_STRIDE] = k.strides[-3:-1]
+    table[:, V_TOKEN_STRIDE], table[:, V_HEAD_STRIDE] = v.strides[-3:-1]
     return table

@@ -96,11 +96,8 @@ def flash_attn_varlen_func(
         if batch < 1:
             raise ValueError(f"cu_seqlens_q must have at least 2 elements, got {len(q_bounds)}")
         kv_bounds = integers("cu_seqlens_k", cu_seqlens_k, (batch + 1,), q)
-        _check_bounds("cu_seqlens_q", q_bounds, total)
-        _check_bounds("cu_seqlens_k", kv_bounds, None if paged else len(keys))
-        q_tokens, kv_tokens = np.diff(q_bounds), np.diff(kv_bounds)
-        _check_longest("max_seqlen_q", max_seqlen_q, q_tokens)
-        longest = _check_longest("max_seqlen_k", max_seqlen_k, kv_tokens)
+        q_tokens = _tokens("q", q_bounds, total, max_seqlen_q)
+        kv_tokens = _tokens("k", kv_bounds, None if paged else len(keys), max_seqlen_k)
 
         keys, values = readable(keys), readable(values)
         if paged:
@@ -112,8 +109,8 @@ def flash_attn_varlen_func(
             runs = sequence_runs(keys, values, k_start, v_start, np.zeros(batch, np.int64), kv_tokens)
         out, lse = attend_runs(
             queries,
-            join_runs([runs], batch, keys),
-            visibility(q_tokens, kv_tokens, kernel_window(window_size, causal, longest)),
+            join_runs([runs], batch, keys, values),
+            visibility(q_tokens, kv_tokens, kernel_window(window_size, causal, operator.index(max_seqlen_k))),
             describe_scoring(
                 batch=batch,
                 q_heads=heads,
@@ -124,10 +121,10 @@ def flash_attn_varlen_func(
             ),
             q_bounds,
         )
-        out[q_bounds[-1] :] = 0
+        if q_bounds[-1] < total:
+            out[q_bounds[-1] :], lse[:, q_bounds[-1] :] = 0, -np.inf
         if not return_attn_probs:
             return like(q, out)
-        lse[:, q_bounds[-1] :] = -np.inf
         return like(q, out), like(q, stored_lse(lse)), q[:0]
 
     return forward_only(compute, q, k, v)
@@ -204,18 +201,18 @@ def flash_attn_varlen_qkvpacked_func(
     )
 
 
-def _check_bounds(name: str, bounds: NDArray[np.int64], total: int | None) -> None:
-    if bounds[0] != 0 or (np.diff(bounds) < 0).any():
-        raise ValueError(f"{name} must rise from 0, got {bounds.tolist()}")
-    if total is not None and bounds[-1] > total:
-        raise ValueError(f"{name} must end at {total} tokens at most, got {int(bounds[-1])}")
-
-
-def _check_longest(name: str, longest: int, tokens: NDArray[np.int64]) -> int:
+def _tokens(which: str, bounds: NDArray[np.int64], total: int | None, max_seqlen: int) -> NDArray[np.int64]:
+    """Tokens of each sequence of q or k, or an error where bounds and longest length do not fit them."""
     try:
-        given = operator.index(longest)
+        limit = operator.index(max_seqlen)
     except TypeError:
-        raise TypeError(f"{name} must be an int, got {type(longest).__name__}") from None
-    if given < int(tokens.max()):
-        raise ValueError(f"{name} must be at least the longest sequence's {int(tokens.max())} tokens, got {given}")
-    return given
+        raise TypeError(f"max_seqlen_{which} must be an int, got {type(max_seqlen).__name__}") from None
+    tokens: NDArray[np.int64] = bounds[1:] - bounds[:-1]
+    longest = int(tokens.view(np.uint64).max())  # a negative number is larger than any length
+    if bounds[0] != 0 or longest > np.iinfo(np.int64).max:
+        raise ValueError(f"cu_seqlens_{which} must rise from 0, got {bounds.tolist()}")
+    if total is not None and bounds[-1] > total:
+        raise ValueError(f"cu_seqlens_{which} must end at {total} tokens at most, got {int(bounds[-1])}")
+    if longest > limit:
+        raise ValueError(f"max_seqlen_{which} must be at least the longest sequence's {longest} tokens, got {limit}")
+    return tokens
