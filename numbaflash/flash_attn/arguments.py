@@ -135,7 +135,7 @@ def slopes(alibi_slopes: Any, batch: int, q_heads: int, q: Any) -> Any:
 
 
 def integers(name: str, array: Any, shape: tuple[int, ...], template: Any) -> NDArray[np.int64]:
-    """Return an int32 array of that shape, -1 for any size, on the device of `template` (q), as int64.
+    """Return an int32 array of that shape (one or two axes, -1 for any size) on the device of `template` (q), as int64.
 
     Raises:
         TypeError: It is no int32 array.
@@ -145,8 +145,8 @@ def integers(name: str, array: Any, shape: tuple[int, ...], template: Any) -> ND
     numbers = as_numpy(array, name)
     if numbers.dtype != np.int32:
         raise TypeError(f"{name} must be int32, got {numbers.dtype}")
-    fits = numbers.ndim == len(shape) and all(size in (-1, got) for size, got in zip(shape, numbers.shape, strict=True))
-    if not fits:
+    sizes = numbers.shape
+    if len(sizes) != len(shape) or (sizes[0] != shape[0] != -1) or (sizes[-1] != shape[-1] != -1):
         wanted = ", ".join("any" if size < 0 else str(size) for size in shape)
         raise ValueError(f"{name} must have shape ({wanted}{',' if len(shape) == 1 else ''}), got {numbers.shape}")
     return numbers.astype(np.int64)
