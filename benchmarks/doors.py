@@ -1,0 +1,187 @@
+"""What each door costs beside `numbaflash.attention`: `python benchmarks/doors.py [--json]`.
+
+A door's row is the time of a call through it less that of the same call made directly, for a problem so small that the
+call is all there is to it. Direct call and door are measured in turns, and the difference is the median over the
+rounds, in CPU time of the calling thread: what else the machine does meanwhile meets neither.
+
+The last rows compare 64 ragged sequences, one behind the other, with the same sequences padded to the longest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import date
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812  # as everybody calls it
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+from rich.console import Console
+from rich.table import Table
+
+import numbaflash
+from numbaflash.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from numbaflash.integrations import onnx as onnx_door
+from numbaflash.integrations import torch as torch_door
+from numbaflash.integrations import transformers as transformers_door
+
+_ROUNDS = 60
+_CALLS = 50
+_BUDGET_US = 30.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Microseconds of a direct call, and what a door adds to it."""
+
+    door: str
+    direct_us: float
+    added_us: float
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Seconds of ragged sequences and of the same padded; `work` is the share of multiply-adds that is no padding."""
+
+    causal: bool
+    ragged_s: float
+    padded_s: float
+    work: float
+
+
+def main() -> None:
+    """Measure, and print a table or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--json", action="store_true", help="print figures as JSON")
+    with torch.no_grad():
+        arguments = parser.parse_args()
+        costs = [_cost(*row) for row in _doors()]
+        ragged = [_ragged(causal) for causal in (False, True)]
+    if arguments.json:
+        machine = {"cpu": platform.processor(), "cores": os.cpu_count(), "date": date.today().isoformat()}
+        print(json.dumps({**machine, "doors": [asdict(c) for c in costs], "ragged": [asdict(r) for r in ragged]}))
+        return
+    console = Console()
+    table = Table("door", "direct, us", f"added, us (at most {_BUDGET_US:g})")
+    for cost in costs:
+        table.add_row(cost.door, f"{cost.direct_us:.1f}", f"{cost.added_us:+.1f}")
+    console.print(table)
+    table = Table("64 ragged sequences", "ragged, ms", "padded, ms", "time, ragged / padded", "work, ragged / padded")
+    for row in ragged:
+        ratio = row.ragged_s / row.padded_s
+        name = "causal" if row.causal else "full"
+        table.add_row(name, f"{1e3 * row.ragged_s:.1f}", f"{1e3 * row.padded_s:.1f}", f"{ratio:.3f}", f"{row.work:.3f}")
+    console.print(table)
+
+
+def _doors() -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
+    """Name, direct call and the same call through the door."""
+    q, k, v = (torch.randn(1, tokens, heads, 64) for tokens, heads in ((4, 4), (16, 2), (16, 2)))
+    first = [tensor.transpose(1, 2).contiguous() for tensor in (q, k, v)]
+    half = [tensor.half() for tensor in (q, k, v)]
+    arrays = [tensor.numpy() for tensor in half]
+    ends_q, ends_k = torch.tensor([0, 4], dtype=torch.int32), torch.tensor([0, 16], dtype=torch.int32)
+    lengths = torch.tensor([16], dtype=torch.int32)
+    attend = numbaflash.attention
+
+    yield "flash_attn_func, torch", lambda: attend(*half), lambda: flash_attn_func(*half)
+    yield "flash_attn_func, NumPy", lambda: attend(*arrays), lambda: flash_attn_func(*arrays)
+    packed = [tensor[0] for tensor in half]
+    yield (
+        "flash_attn_varlen_func",
+        lambda: attend(*half, kv_lengths=lengths),  # lengths, as varlen has them
+        lambda: flash_attn_varlen_func(*packed, ends_q, ends_k, 4, 16),
+    )
+    yield (
+        "flash_attn_with_kvcache",
+        lambda: attend(*half, kv_lengths=lengths),
+        lambda: flash_attn_with_kvcache(*half, cache_seqlens=lengths),
+    )
+    yield "torch operator", lambda: attend(q, k, v, causal=True), lambda: torch_door.attention(q, k, v, causal=True)
+
+    def sdpa() -> Any:
+        return F.scaled_dot_product_attention(*first, enable_gqa=True)
+
+    def served() -> Any:
+        with mode:
+            return sdpa()
+
+    mode = torch_door.sdpa()
+    heads_first = [tensor.transpose(1, 2) for tensor in first]
+    yield "scaled_dot_product_attention", lambda: attend(*heads_first), served
+    module = torch.nn.Module()
+    module.is_causal = True
+    yield (
+        "transformers",
+        lambda: attend(*heads_first, causal=True),
+        lambda: transformers_door._attend(module, *first, None, sliding_window=None),
+    )
+    node = helper.make_node("Attention", ["q", "k", "v"], ["out"])
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("q", "k", "v", "out")]
+    model = helper.make_model(
+        helper.make_graph([node], "graph", info[:3], info[3:]), opset_imports=[helper.make_opsetid("", 25)]
+    )
+    operator = ReferenceEvaluator(model, new_ops=onnx_door.ops()).rt_nodes_[0]
+    plain = [tensor.numpy() for tensor in heads_first]
+    given = [tensor.numpy() for tensor in first]
+    yield "ONNX operator", lambda: attend(*plain), lambda: operator.run(*given)
+
+
+def _cost(door: str, direct: Callable[[], Any], through: Callable[[], Any]) -> Cost:
+    for _ in range(_CALLS):
+        direct()
+        through()
+    rounds = [(_seconds(direct), _seconds(through)) for _ in range(_ROUNDS)]
+    return Cost(
+        door,
+        1e6 * statistics.median(a for a, _ in rounds),
+        1e6 * statistics.median(b - a for a, b in rounds),
+    )
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.thread_time()
+    for _ in range(_CALLS):
+        call()
+    return (time.thread_time() - start) / _CALLS
+
+
+def _ragged(causal: bool) -> Ragged:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(16, 513, 64)
+    lengths[0] = 512
+    ends = np.cumsum([0, *lengths]).astype(np.int32)
+    q, k, v = (rng.standard_normal((ends[-1], heads, 64), np.float32).astype(np.float16) for heads in (8, 2, 2))
+    padded = [np.zeros((64, 512, *array.shape[1:]), np.float16) for array in (q, k, v)]
+    for b, length in enumerate(lengths):
+        for whole, array in zip(padded, (q, k, v), strict=True):
+            whole[b, :length] = array[ends[b] : ends[b + 1]]
+
+    def ragged() -> Any:
+        return flash_attn_varlen_func(q, k, v, ends, ends, 512, 512, causal=causal)
+
+    def filled() -> Any:
+        return flash_attn_func(*padded, causal=causal)
+
+    times = []
+    for _ in range(12):
+        pair = []
+        for call in (ragged, filled):
+            start = time.perf_counter()
+            call()
+            pair.append(time.perf_counter() - start)
+        times.append(pair)
+    return Ragged(causal, min(a for a, _ in times), min(b for _, b in times), float((lengths**2).sum() / (64 * 512**2)))
+
+
+if __name__ == "__main__":
+    main()
