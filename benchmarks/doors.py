@@ -96,16 +96,17 @@ def _doors() -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
     yield "flash_attn_func, torch", lambda: attend(*half), lambda: flash_attn_func(*half)
     yield "flash_attn_func, NumPy", lambda: attend(*arrays), lambda: flash_attn_func(*arrays)
     packed = [tensor[0] for tensor in half]
-    yield (
-        "flash_attn_varlen_func",
-        lambda: attend(*half, kv_lengths=lengths),  # lengths, as varlen has them
-        lambda: flash_attn_varlen_func(*packed, ends_q, ends_k, 4, 16),
-    )
-    yield (
-        "flash_attn_with_kvcache",
-        lambda: attend(*half, kv_lengths=lengths),
-        lambda: flash_attn_with_kvcache(*half, cache_seqlens=lengths),
-    )
+
+    def varlen() -> Any:
+        return flash_attn_varlen_func(*packed, ends_q, ends_k, 4, 16)
+
+    def with_kvcache() -> Any:
+        return flash_attn_with_kvcache(*half, cache_seqlens=lengths)
+
+    # Beside a direct call that is told lengths as they are, and beside the plainest one.
+    for name, through in (("flash_attn_varlen_func", varlen), ("flash_attn_with_kvcache", with_kvcache)):
+        yield f"{name}, direct with kv_lengths", lambda: attend(*half, kv_lengths=lengths), through
+        yield f"{name}, direct without", lambda: attend(*half), through
     yield "torch operator", lambda: attend(q, k, v, causal=True), lambda: torch_door.attention(q, k, v, causal=True)
 
     def sdpa() -> Any:
