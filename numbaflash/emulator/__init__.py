@@ -41,6 +41,8 @@ is so for wgmma, TMA (`cp.async.bulk`), mbarriers, clusters, textures, `vprintf`
 - time: caches, latencies, occupancy, and what `%clock` and `%globaltimer` would read (0);
 - memory ordering: memory is sequentially consistent. Races are looked for, weak orders are not tried. Global races
   between threads of one block, and intra-warp order other than by convergence, are not looked for;
+- shared memory that warps hand over by a flag (fences and atomics) instead of a barrier: such a kernel is right, and is
+  reported as a race all the same: launch it with `Checks(shared_races=False)`;
 - the order of blocks and warps: lowest program counter first, blocks in chunks, one after the other. A block that
   waits for one of a later chunk waits forever;
 - the order of rounding inside an `mma` (here one product after the other in float32; hardware truncates sums of
