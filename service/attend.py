@@ -7,17 +7,18 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import grpc
 
 from . import wire
+from .door import Call
 from .engine import Done, Outcome, Step
 from .errors import ServiceError
 from .replies import encode_answer, encode_error
 from .v1 import attention_pb2 as pb
 
-Submit: TypeAlias = Callable[[wire.Parts[pb.StepRequest], object, Callable[[Outcome], None]], Step]
+Submit: TypeAlias = Callable[[wire.Parts[pb.StepRequest], Call, Callable[[Outcome], None]], Step]
 
 
 @dataclass(eq=False, slots=True)
@@ -31,14 +32,15 @@ class AttendStream:
     """Reads steps, hands them on, and writes what comes of them.
 
     Args:
-        context: grpc.aio's context of the call.
+        call: The Attend call.
         submit: Queues a step, as `AttentionServicer.submit`.
         max_in_flight: Steps that may wait for their computation or for their answer to be written; beyond that nothing
             is read, and HTTP/2 holds the client back.
     """
 
-    def __init__(self, context: Any, submit: Submit, max_in_flight: int) -> None:
-        self._context = context
+    def __init__(self, call: Call, submit: Submit, max_in_flight: int) -> None:
+        self._call = call
+        self._context = call.context
         self._submit = submit
         self._room = asyncio.Semaphore(max_in_flight)
         self._pending: dict[str, deque[_InFlight]] = {}  # by session, in the order of arrival
@@ -94,7 +96,7 @@ class AttendStream:
         try:
             parts = wire.decode_step(pb.StepRequest, received)
             entry.request = parts.head
-            entry.step = self._submit(parts, self, partial(self._settle, entry))
+            entry.step = self._submit(parts, self._call, partial(self._settle, entry))
         except ServiceError as error:
             entry.outcome = error
         self._pending.setdefault(entry.request.session_id, deque()).append(entry)

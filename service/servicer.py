@@ -11,7 +11,7 @@ from dataclasses import asdict
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import grpc
 import numpy as np
@@ -23,17 +23,17 @@ from numbaflash.cpu import SPLIT_KV_MAX_TOKENS
 from . import validation, wire
 from .attend import AttendStream
 from .config import ServeConfig
+from .door import Call, Door
 from .engine import Done, Engine, Outcome, Step, resolve
 from .errors import (
-    STATUS_TRAILER,
     BadTensorError,
     DrainingError,
     ExhaustedError,
     ServiceError,
     SessionClosedError,
     SessionUnknownError,
-    to_status,
 )
+from .principals import Principals
 from .replay import Answers
 from .replies import encode_answer
 from .sessions import Session, SessionTable
@@ -42,9 +42,7 @@ from .v1 import attention_pb2 as pb
 log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Attention"].full_name
-Context = Any  # grpc.aio.ServicerContext; grpc has no types
-Method = Callable[[bytes, Context], Awaitable[bytes]]
-T = TypeVar("T")
+Method = Callable[[bytes, Call], Awaitable[bytes]]
 
 # Below it, steps are computed by a kernel for few queries, and several at once.
 MIN_PREFILL_TOKENS: Final = SPLIT_KV_MAX_TOKENS + 1
@@ -70,6 +68,7 @@ class AttentionServicer:
             batch_wait=config.batch_wait,
             small=MIN_PREFILL_TOKENS,
         )
+        self._door = Door(Principals())
         self._draining = False
         self._streams: set[AttendStream] = set()
         self._background: set[asyncio.Task[None]] = set()
@@ -88,8 +87,9 @@ class AttentionServicer:
             "CloseSession": self._close_session,
             "ListSessions": self._list_sessions,
         }
-        methods = {name: grpc.unary_unary_rpc_method_handler(_typed_errors(method)) for name, method in unary.items()}
-        methods["Attend"] = grpc.stream_stream_rpc_method_handler(_typed_errors(self._attend))
+        guard = self._door.guard
+        methods = {name: grpc.unary_unary_rpc_method_handler(guard(method)) for name, method in unary.items()}
+        methods["Attend"] = grpc.stream_stream_rpc_method_handler(guard(self._attend))
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
     async def warm_up(self) -> None:
@@ -128,7 +128,7 @@ class AttentionServicer:
 
     # -- unary RPCs --------------------------------------------------------------------------------------------------
 
-    async def _get_info(self, request: bytes, _: Context) -> bytes:
+    async def _get_info(self, request: bytes, _: Call) -> bytes:
         wire.decode(pb.GetInfoRequest, request)
         config = self._config
         info = pb.GetInfoResponse(
@@ -160,14 +160,14 @@ class AttentionServicer:
         info.limits.max_ttl.FromNanoseconds(int(config.max_ttl * 1e9))
         return info.SerializeToString()
 
-    async def _create_session(self, wire_request: bytes, _: Context) -> bytes:
+    async def _create_session(self, wire_request: bytes, call: Call) -> bytes:
         request = wire.decode(pb.CreateSessionRequest, wire_request)
         shape = validation.session_shape(request.shape)
         ttl = self._config.default_ttl
         if request.HasField("ttl"):
             ttl = validation.time_to_live(request.ttl, self._config.max_ttl)
         self._refuse_when_draining()
-        session = self._table.create(shape, ttl, wire.DTYPES[shape.dtype].itemsize)
+        session = self._table.create(call.principal, shape, ttl, wire.DTYPES[shape.dtype].itemsize)
 
         def make_cache() -> None:
             session.cache = shape.new_cache(self._backend)
@@ -186,21 +186,21 @@ class AttentionServicer:
         response.expires_at.FromNanoseconds(int(session.expires_at * 1e9))
         return response.SerializeToString()
 
-    async def _step(self, wire_request: bytes, context: Context) -> bytes:
+    async def _step(self, wire_request: bytes, call: Call) -> bytes:
         parts = wire.decode_step(pb.StepRequest, wire_request)
-        remaining = context.time_remaining()
+        remaining = call.context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining
         done: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
-        step = self.submit(parts, context, partial(resolve, done), deadline)
+        step = self.submit(parts, call, partial(resolve, done), deadline)
         try:
             return encode_answer(parts.head, await done)
         finally:
             step.taken_back = True  # where the caller has gone; else it makes no difference any more
 
-    async def _close_session(self, wire_request: bytes, _: Context) -> bytes:
+    async def _close_session(self, wire_request: bytes, call: Call) -> bytes:
         session_id = wire.decode(pb.CloseSessionRequest, wire_request).session_id
         try:
-            session = self._table.get(session_id)
+            session = self._table.get(session_id, call.principal)
         except SessionUnknownError as error:
             if not isinstance(error, SessionClosedError):  # closing twice is fine: the first answer may have been lost
                 raise
@@ -209,11 +209,13 @@ class AttentionServicer:
             await asyncio.shield(self._free(session))
         return pb.CloseSessionResponse().SerializeToString()
 
-    async def _list_sessions(self, wire_request: bytes, _: Context) -> bytes:
+    async def _list_sessions(self, wire_request: bytes, call: Call) -> bytes:
         wire.decode(pb.ListSessionsRequest, wire_request)
-        return pb.ListSessionsResponse(sessions=map(_describe, self._table)).SerializeToString()
+        return pb.ListSessionsResponse(
+            sessions=map(_describe, self._table.owned_by(call.principal))
+        ).SerializeToString()
 
-    async def _unimplemented(self, _: bytes, __: Context) -> bytes:
+    async def _unimplemented(self, _: bytes, __: Call) -> bytes:
         raise ServiceError("this version of the server does not have it", code=grpc.StatusCode.UNIMPLEMENTED)
 
     # -- steps -------------------------------------------------------------------------------------------------------
@@ -221,15 +223,15 @@ class AttentionServicer:
     def submit(
         self,
         parts: wire.Parts[pb.StepRequest],
-        writer: object,
+        call: Call,
         settle: Callable[[Outcome], None],
         deadline: float | None = None,
     ) -> Step:
-        """Check a step of a call or stream and queue it.
+        """Check a step of a unary call or a stream and queue it.
 
         Args:
             parts: The step.
-            writer: The call or stream.
+            call: Which brought it.
             settle: Gets what comes of the step.
             deadline: On the clock of `time.monotonic`; None: whenever.
 
@@ -238,7 +240,7 @@ class AttentionServicer:
         """
         self._refuse_when_draining()
         request = parts.head
-        session = self._table.get(request.session_id)
+        session = self._table.get(request.session_id, call.principal)
         validation.step_head(request, session.shape)
         step = Step(
             session=session,
@@ -250,11 +252,11 @@ class AttentionServicer:
             deadline=deadline,
             settle=settle,
         )
-        self._engine.submit(step, writer)
+        self._engine.submit(step, call)
         return step
 
-    async def _attend(self, _: Any, context: Context) -> None:
-        stream = AttendStream(context, self.submit, self._config.max_in_flight)
+    async def _attend(self, _: Any, call: Call) -> None:
+        stream = AttendStream(call, self.submit, self._config.max_in_flight)
         self._streams.add(stream)
         try:
             if self._draining:
@@ -302,25 +304,6 @@ def _describe(session: Session) -> pb.SessionInfo:
     info.created_at.FromNanoseconds(int(session.created_at * 1e9))
     info.expires_at.FromNanoseconds(int(session.expires_at * 1e9))
     return info
-
-
-def _typed_errors(method: Callable[[bytes, Context], Awaitable[T]]) -> Callable[[bytes, Context], Awaitable[T]]:
-    """Let a method's errors leave as `google.rpc.Status`, and nothing else leave at all."""
-
-    async def call(request: bytes, context: Context) -> T:
-        try:
-            return await method(request, context)
-        except ServiceError as error:
-            status = to_status(error)
-            trailer = ((STATUS_TRAILER, status.SerializeToString()),)
-            return await context.abort(error.code, error.message, trailer)  # type: ignore[no-any-return]
-        except grpc.aio.AbortError:
-            raise
-        except Exception:
-            log.exception("a call failed")
-            return await context.abort(grpc.StatusCode.INTERNAL, "the call failed")  # type: ignore[no-any-return]
-
-    return call
 
 
 @cache

@@ -18,6 +18,7 @@ from numbaflash import RingKVCache
 from numbaflash.cache.layout import RingLayout
 
 from .errors import BusyError, KVBudgetError, QuotaError, SessionExpiredError, SessionLostError, SessionUnknownError
+from .principals import Principal
 
 # What a page costs beside its tokens: its place in the page table, two dictionary entries, an ndarray, malloc's own.
 _PAGE_OVERHEAD: Final = 512
@@ -81,6 +82,7 @@ class Session:
 
     Attributes:
         id: 128 random bits in hex.
+        owner: Who made it; for others it does not exist.
         shape: What its cache is made for.
         kv_bytes: Bytes reserved for the cache.
         ttl: Seconds without a step after which the session ends.
@@ -94,6 +96,7 @@ class Session:
     """
 
     id: str
+    owner: Principal
     shape: Shape
     kv_bytes: int
     ttl: float
@@ -147,7 +150,9 @@ class SessionTable:
         self.kv_reserved = 0
         self._max_sessions = max_sessions
         self._sessions: dict[str, Session] = {}
-        self._tombstones: OrderedDict[str, Callable[[], SessionLostError]] = OrderedDict()  # oldest first
+        self._tombstones: OrderedDict[str, tuple[Principal, Callable[[], SessionLostError]]] = (
+            OrderedDict()
+        )  # oldest first
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -155,8 +160,12 @@ class SessionTable:
     def __iter__(self) -> Iterator[Session]:
         return iter(list(self._sessions.values()))
 
-    def create(self, shape: Shape, ttl: float, itemsize: int) -> Session:
-        """Enter a new session and reserve its bytes; the engine makes its cache.
+    def owned_by(self, owner: Principal) -> list[Session]:
+        """Return the sessions that a caller may see."""
+        return [session for session in self._sessions.values() if session.owner is owner]
+
+    def create(self, owner: Principal, shape: Shape, ttl: float, itemsize: int) -> Session:
+        """Enter a new session of a caller's and reserve its bytes; the engine makes its cache.
 
         Raises:
             KVBudgetError: There are not so many bytes left.
@@ -174,6 +183,7 @@ class SessionTable:
         self.kv_reserved += kv_bytes
         session = Session(
             id=secrets.token_hex(16),
+            owner=owner,
             shape=shape,
             kv_bytes=kv_bytes,
             ttl=ttl,
@@ -183,22 +193,26 @@ class SessionTable:
         self._sessions[session.id] = session
         return session
 
-    def get(self, session_id: str) -> Session:
-        """Return a session that lives.
+    def get(self, session_id: str, owner: Principal) -> Session:
+        """Return a session of a caller's that lives.
 
         Raises:
-            SessionLostError: It does not; the error says why.
+            SessionLostError: It does not, and the error says why; or it is another caller's, and the error says only
+                that there is no such session.
         """
         session = self._sessions.get(session_id)
         if session is None:
-            raise self._tombstones.get(session_id, _never_was)()
+            buried_for, why = self._tombstones.get(session_id, (owner, _never_was))
+            raise (why if buried_for is owner else _never_was)()
+        if session.owner is not owner:
+            raise _never_was()
         return session
 
     def end(self, session: Session, why: Callable[[], SessionLostError]) -> None:
         """Take a session out of the table; its bytes stay reserved until `release`."""
         session.lost = why
         del self._sessions[session.id]
-        self._tombstones[session.id] = why
+        self._tombstones[session.id] = session.owner, why
         if len(self._tombstones) > _MAX_TOMBSTONES:
             self._tombstones.popitem(last=False)
 

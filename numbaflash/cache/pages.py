@@ -42,8 +42,8 @@ class PagePool:
         self._lock = threading.RLock()
 
     def acquire(self) -> int:
-        """Return a new page with one owner; its content is undefined."""
-        memory = _aligned_empty(self.shape, self.dtype)
+        """Return a new page with one owner, all zeros: memory that another cache gave back shows nothing of it."""
+        memory = _aligned_zeros(self.shape, self.dtype)
         with self._lock:
             page = self._next_page
             self._next_page += 1
@@ -83,8 +83,8 @@ class PagePool:
             return len(self._memory) * self.page_nbytes
 
 
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     nbytes = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    raw = np.zeros(nbytes + _ALIGNMENT, np.uint8)
     offset = -raw.ctypes.data % _ALIGNMENT
     return raw[offset : offset + nbytes].view(dtype).reshape(shape)

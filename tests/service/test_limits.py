@@ -21,6 +21,7 @@ from numbaflash_service.errors import (
     SessionExpiredError,
     from_call,
 )
+from numbaflash_service.principals import Principal
 from numbaflash_service.sessions import SessionTable, Shape
 from numbaflash_service.v1 import attention_pb2 as pb
 
@@ -51,7 +52,7 @@ def test_the_largest_session_that_can_be_asked_for_is_refused_by_its_true_size()
     table = SessionTable(kv_memory=1 << 40, max_sessions=1)
     largest = shape(num_layers=1024, num_kv_heads=1024, head_dim=256, capacity=1 << 24, page_size=8)
     with pytest.raises(KVBudgetError) as caught:
-        table.create(largest, 1.0, 4)
+        table.create(Principal("somebody"), largest, 1.0, 4)
     needed = next(int(word) for word in caught.value.message.split() if word.isdecimal())
     assert needed > 1024 * (1 << 24) * 1024 * 256 * 2 * 4
     assert table.kv_reserved == 0
@@ -165,13 +166,13 @@ def test_a_step_renews_the_time_to_live_and_one_in_flight_holds_the_session(
     with server.engine_held():
         call = stock.Decode.future(step_request(session_id, qkv(1)))
         server.wait_for_queue(1)
-        session = table.get(session_id)
+        (session,) = table
         before = session.expires
         server.wait_until(lambda: session.expires < time.monotonic())
         assert table.end_idle() == []
     assert call.result(timeout=20).position == 1
     assert session.expires > before
-    assert table.get(session_id) is session
+    assert list(table) == [session]
 
 
 def test_a_time_to_live_beyond_the_servers_is_refused(start_server: Any) -> None:
