@@ -140,7 +140,7 @@ def _paged_solver(q: NDArray[Any], pages: NDArray[Any]) -> Callable[[], Any]:
         k, v = pages[page].transpose(0, 2, 1, 3)
         rows.append(cpu.contiguous_run(k, v, number * PAGE_SIZE))
     kv_heads, head_dim = pages.shape[2], pages.shape[4]
-    runs = cpu.KVRuns(np.concatenate(rows), np.array([0, len(rows)]), pages.dtype, kv_heads, head_dim, head_dim)
+    runs = cpu.KVRuns(np.array(rows), np.array([0, len(rows)]), pages.dtype, kv_heads, head_dim, head_dim)
     last = len(pages) * PAGE_SIZE - 1
     visibility = cpu.Visibility(*(np.array([value], np.int64) for value in (last, cpu.UNBOUNDED, 0, 0)))
     scoring = describe_scoring(batch=1, q_heads=q.shape[2], head_dim=head_dim)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cpu import runs
-from .layout import RingLayout, Stretches
+from ..cpu.paging import RING, gather_tokens, list_runs, scatter_tokens
+from .layout import RingLayout
 from .pages import PagePool
 
 __all__ = ["LayerRing"]
@@ -32,6 +32,18 @@ class LayerRing:
         self._pool = pool
         self._pages = [_NO_PAGE] * layout.slots
         self._addresses = np.zeros(layout.slots, np.int64)
+        _, kv_heads, page_size, head_dim = pool.shape
+        record = (
+            self._addresses.ctypes.data,
+            page_size,
+            layout.sink_tokens,
+            layout.sink_slots,
+            layout.ring_slots,
+            kv_heads,
+            head_dim * pool.dtype.itemsize,
+        )
+        self._record = np.array([record], RING)
+        self._record_address = self._record.ctypes.data
 
     def fork(self) -> LayerRing:
         """Return a twin that shares all pages."""
@@ -39,7 +51,7 @@ class LayerRing:
         twin.length = self.length
         twin.intact = self.intact
         twin._pages = list(self._pages)
-        twin._addresses = self._addresses.copy()
+        twin._addresses[:] = self._addresses
         for page in self._used_pages():
             self._pool.share(page)
         return twin
@@ -58,48 +70,36 @@ class LayerRing:
     def write(self, keys: NDArray[Any], values: NDArray[Any]) -> None:
         """Append tokens, (T, Hkv, D) each; all pages that takes are had before the first byte is written."""
         start, stop = self.length, self.length + len(keys)
-        kept = max(start, stop - self._layout.ring_tokens)  # what comes before would be overwritten by the same step
-        pieces = (self._layout.sink_stretches(start, stop), self._layout.ring_stretches(kept, stop))
-        self._own([int(slot) for piece in pieces for slot in piece.slot])
-        for piece in pieces:
-            for slot, offset, position, tokens in zip(*(column.tolist() for column in piece), strict=True):
-                page = self._pool.content(self._pages[slot])
-                source = slice(position - start, position - start + tokens)
-                page[0, :, offset : offset + tokens] = keys[source].swapaxes(0, 1)
-                page[1, :, offset : offset + tokens] = values[source].swapaxes(0, 1)
+        sinks = self._layout.sink_tokens
+        # What comes before would be overwritten by the same step.
+        kept = max(start, stop - self._layout.ring_tokens, sinks)
+        pieces = [(start, min(stop, sinks)), (kept, stop)] if start < sinks else [(kept, stop)]
+        self._own([slot for piece in pieces for slot in self._layout.slots_between(*piece)])
+        for first, behind in pieces:
+            self._copy(scatter_tokens, first, behind, keys[first - start :], values[first - start :])
         self.length = stop
         self.intact = max(self.intact, stop - self._layout.ring_tokens)
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Return copies of the sink tokens and the ring tokens among `start` to `stop`: (2, tokens, Hkv, D)."""
-        pieces = (self._layout.sink_stretches(start, stop), self._layout.ring_stretches(start, stop))
+        """Return copies of the tokens `start` to `stop`: (2, tokens, Hkv, D)."""
         _, kv_heads, _, head_dim = self._pool.shape
-        parts = [np.empty((2, 0, kv_heads, head_dim), self._pool.dtype)]
-        for piece in pieces:
-            for slot, offset, _, tokens in zip(*(column.tolist() for column in piece), strict=True):
-                page = self._pool.content(self._pages[slot])
-                parts.append(page[:, :, offset : offset + tokens].swapaxes(1, 2))
-        return np.concatenate(parts, axis=1)
+        tokens = np.empty((2, stop - start, kv_heads, head_dim), self._pool.dtype)
+        self._copy(gather_tokens, start, stop, *tokens)
+        return tokens
 
-    def runs(self, start: int) -> NDArray[np.int64]:
-        """Return the sink tokens and the ring tokens from `start` on as rows of `KVRuns.table`."""
-        sinks = self._layout.sink_stretches(0, self.length)
-        ring = self._layout.ring_stretches(start, self.length)
-        if not sinks.slot.size:
-            return self._table(ring)
-        return np.concatenate((self._table(sinks), self._table(ring)))
+    @property
+    def max_runs(self) -> int:
+        """Rows that `list_runs` may write."""
+        return self._layout.slots + 2
 
-    def _table(self, piece: Stretches) -> NDArray[np.int64]:
-        _, _, page_size, head_dim = self._pool.shape
-        token_stride = head_dim * self._pool.dtype.itemsize
-        table = np.empty((piece.slot.size, runs.RUN_FIELDS), np.int64)
-        table[:, runs.K_ADDRESS] = self._addresses[piece.slot] + piece.offset * token_stride
-        table[:, runs.V_ADDRESS] = table[:, runs.K_ADDRESS] + self._pool.page_nbytes // 2
-        table[:, runs.START] = piece.position
-        table[:, runs.COUNT] = piece.tokens
-        table[:, [runs.K_TOKEN_STRIDE, runs.V_TOKEN_STRIDE]] = token_stride
-        table[:, [runs.K_HEAD_STRIDE, runs.V_HEAD_STRIDE]] = token_stride * page_size
-        return table
+    def list_runs(self, start: int, table_address: int) -> int:
+        """Write the sink tokens and the ring tokens from `start` on as rows of `KVRuns.table`; return their number."""
+        rows: int = list_runs(self._record_address, start, self.length, table_address)
+        return rows
+
+    def _copy(self, copy: Any, start: int, stop: int, keys: NDArray[Any], values: NDArray[Any]) -> None:
+        places = (keys.ctypes.data, *keys.strides[:2], values.ctypes.data, *values.strides[:2])
+        copy(self._record_address, start, stop, *places)
 
     def _used_pages(self) -> list[int]:
         return [page for page in self._pages if page != _NO_PAGE]

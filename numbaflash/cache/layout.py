@@ -9,21 +9,9 @@ window still there.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
-import numpy as np
-from numpy.typing import NDArray
-
-__all__ = ["RingLayout", "Stretches"]
-
-
-class Stretches(NamedTuple):
-    """Consecutive positions, cut at page boundaries: (stretches,) int64 each, in order of position."""
-
-    slot: NDArray[np.int64]
-    offset: NDArray[np.int64]  # of the first token, inside its page
-    position: NDArray[np.int64]
-    tokens: NDArray[np.int64]
+__all__ = ["RingLayout"]
 
 
 @dataclass(frozen=True)
@@ -42,27 +30,27 @@ class RingLayout:
     page_size: int
     rollback: int
 
-    @property
+    @cached_property
     def window(self) -> int:
         """Newest tokens that a query sees, its own included."""
         return self.capacity - self.sink_tokens
 
-    @property
+    @cached_property
     def ring_tokens(self) -> int:
         """Newest tokens that are kept."""
         return self.window + self.rollback
 
-    @property
+    @cached_property
     def sink_slots(self) -> int:
         """Slots of the sink tokens; they stand first in the page table."""
         return -(-self.sink_tokens // self.page_size)
 
-    @property
+    @cached_property
     def ring_slots(self) -> int:
         """Slots of the tokens that go round."""
         return -(-self.ring_tokens // self.page_size)
 
-    @property
+    @cached_property
     def slots(self) -> int:
         """Length of a layer's page table."""
         return self.sink_slots + self.ring_slots
@@ -71,23 +59,10 @@ class RingLayout:
         """Return the oldest position, sink tokens apart, that a query at `position` sees."""
         return max(self.sink_tokens, position - self.window + 1)
 
-    def sink_stretches(self, start: int, stop: int) -> Stretches:
-        """Cut the sink positions among `start` to `stop` at page boundaries."""
-        page, offset, position, tokens = _cut(start, min(stop, self.sink_tokens), self.page_size)
-        return Stretches(page, offset, position, tokens)
-
-    def ring_stretches(self, start: int, stop: int) -> Stretches:
-        """Cut the positions among `start` to `stop` that are no sinks at page boundaries."""
-        sinks = self.sink_tokens
-        page, offset, ring_token, tokens = _cut(max(start, sinks) - sinks, stop - sinks, self.page_size)
-        return Stretches(self.sink_slots + page % self.ring_slots, offset, ring_token + sinks, tokens)
-
-
-def _cut(
-    start: int, stop: int, page_size: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Cut the tokens from `start` to `stop` into (page, offset, first token, count)."""
-    page = np.arange(start // page_size, -(-stop // page_size) if stop > start else start // page_size, dtype=np.int64)
-    page_start = page * page_size
-    first = np.maximum(page_start, start)
-    return page, first - page_start, first, np.minimum(page_start + page_size, stop) - first
+    def slots_between(self, start: int, stop: int) -> list[int]:
+        """Return the slots of the positions `start` to `stop`, all sink tokens or none; one may come twice."""
+        behind, first_slot, slots = 0, 0, self.sink_slots
+        if start >= self.sink_tokens:
+            behind, first_slot, slots = self.sink_tokens, self.sink_slots, self.ring_slots
+        pages = range((start - behind) // self.page_size, -(-(stop - behind) // self.page_size))
+        return [first_slot + page % slots for page in pages]

@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..arrays import as_numpy, like
 from ..backends import choose_backend
-from ..cpu import KVRuns, Visibility, attend_runs, contiguous_run
+from ..cpu import RUN_FIELDS, KVRuns, Visibility, attend_runs, contiguous_run
 from ..problem import DTYPES, MAX_HEAD_DIM, Scoring, check_dtype, check_heads, describe_scoring
 from . import files
 from .layer import LayerRing
@@ -148,8 +148,7 @@ class RingKVCache:
             alibi_slopes=alibi_slopes,
             sink_logits=sink_logits,
         )
-        table = ring.runs(self.layout.first_visible(start))
-        return like(q, _attend([self], [start], queries[None], [table], scoring)[0])
+        return like(q, _attend([self], [ring], [start], queries[None], None, scoring)[0])
 
     def step(
         self,
@@ -265,7 +264,7 @@ class RingKVCache:
         saved = []
         for ring in self._layers:
             sinks = ring.read(0, min(ring.length, self.layout.sink_tokens))
-            kept = np.concatenate((sinks, ring.read(ring.intact, ring.length)), axis=1)
+            kept = np.concatenate((sinks, ring.read(min(ring.intact, ring.length), ring.length)), axis=1)
             saved.append(files.SavedLayer(length=ring.length, intact=ring.intact, keys=kept[0], values=kept[1]))
         files.write(path, shape, saved)
 
@@ -378,39 +377,44 @@ def _step(
 ) -> NDArray[Any]:
     """Attend to what the caches hold and to the new tokens, then write those."""
     rings = [cache._layer(layer) for cache in caches]
-    keys, values = _stored(k, caches[0].dtype), _stored(v, caches[0].dtype)
-    tables = [
-        np.concatenate((ring.runs(cache.layout.first_visible(ring.length)), contiguous_run(key, value, ring.length)))
-        for cache, ring, key, value in zip(caches, rings, keys, values, strict=True)
-    ]
-    out = _attend(caches, [ring.length for ring in rings], q, tables, scoring)
-    for ring, key, value in zip(rings, keys, values, strict=True):
-        ring.write(key, value)
+    stored = _stored(k, caches[0].dtype), _stored(v, caches[0].dtype)
+    out = _attend(caches, rings, [ring.length for ring in rings], q, stored, scoring)
+    for ring, keys, values in zip(rings, *stored, strict=True):
+        ring.write(keys, values)
     return out
 
 
 def _attend(
     caches: Sequence[RingKVCache],
+    rings: Sequence[LayerRing],
     starts: Sequence[int],
     q: NDArray[Any],
-    tables: Sequence[NDArray[np.int64]],
+    new: tuple[NDArray[Any], NDArray[Any]] | None,
     scoring: Scoring,
 ) -> NDArray[Any]:
-    """Attend with queries (N, T, Hq, D) that stand at positions `starts` and on."""
+    """Attend with queries (N, T, Hq, D) at positions `starts` and on; `new` are tokens behind those of the rings."""
     first = caches[0]
+    table = np.empty((sum(ring.max_runs for ring in rings) + len(rings), RUN_FIELDS), np.int64)
+    address, rows, bounds = table.ctypes.data, 0, [0]
+    for n, (cache, ring, start) in enumerate(zip(caches, rings, starts, strict=True)):
+        rows += ring.list_runs(cache.layout.first_visible(start), address + rows * table.strides[0])
+        if new:
+            table[rows] = contiguous_run(new[0][n], new[1][n], ring.length)
+            rows += 1
+        bounds.append(rows)
     runs = KVRuns(
-        table=np.concatenate(tables) if len(tables) > 1 else tables[0],
-        bounds=np.cumsum([0, *map(len, tables)]),
+        table=table[:rows],
+        bounds=np.array(bounds, np.int64),
         dtype=first.dtype,
         kv_heads=first.num_kv_heads,
         head_dim=first.head_dim,
         value_dim=first.head_dim,
     )
     visibility = Visibility(
-        q_start=np.array(starts, np.int64),
-        left=np.array([cache.layout.window - 1 for cache in caches], np.int64),
-        right=np.zeros(len(caches), np.int64),
-        sinks=np.array([cache.layout.sink_tokens for cache in caches], np.int64),
+        q_start=starts,
+        left=[cache.layout.window - 1 for cache in caches],
+        right=[0] * len(caches),
+        sinks=[cache.layout.sink_tokens for cache in caches],
     )
     return attend_runs(q, runs, visibility, scoring)[0]
 
@@ -422,6 +426,8 @@ def _release(layers: Sequence[LayerRing]) -> None:
 
 def _stored(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Round to the storage dtype; what is too large for it becomes infinite, as IEEE 754 has it."""
+    if array.dtype == dtype:
+        return np.ascontiguousarray(array)
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(array, dtype)
 
@@ -439,10 +445,9 @@ def _check_kv(cache: RingKVCache, k: NDArray[Any], v: NDArray[Any], lead: tuple[
 
 
 def _check_shape(name: str, array: NDArray[Any], axes: tuple[int | str, ...]) -> None:
-    fits = array.ndim == len(axes) and all(
-        isinstance(axis, str) or axis == size for axis, size in zip(axes, array.shape, strict=True)
-    )
-    if not fits:
+    if array.ndim != len(axes) or any(
+        axis != size and not isinstance(axis, str) for axis, size in zip(axes, array.shape, strict=True)
+    ):
         raise ValueError(f"{name} must have shape ({', '.join(map(str, axes))}), got {array.shape}")
 
 

@@ -79,8 +79,8 @@ def count_splits(task, sequence):
 
 
 @kernel
-def plan_decode(task_address, _):
-    """Fill in rows_per_item, splits and items."""
+def plan_decode(task_address):
+    """Fill in rows_per_item and splits; return the number of items."""
     task = task_at(task_address)
     rows = task.q_tokens * task.group
     splits = 1
@@ -89,7 +89,7 @@ def plan_decode(task_address, _):
     task.splits = splits
     task.rows_per_item = min(rows, MAX_DECODE_ROWS)
     blocks = (rows + task.rows_per_item - 1) // task.rows_per_item
-    task.items = task.sequences * task.kv_heads * blocks * splits
+    return task.sequences * task.kv_heads * blocks * splits
 
 
 @kernel

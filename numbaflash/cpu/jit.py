@@ -17,8 +17,8 @@ _PART: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no
 native: Any = njit(**_PART)
 
 
-def kernel(function: Callable[[int, int], None]) -> Any:
-    """Compile `function(task_address, scratch_address)` at its first call, to run without the GIL.
+def kernel(function: Callable[..., int | None]) -> Any:
+    """Compile a function of integers, addresses most of them, at its first call, to run without the GIL.
 
     The machine code is kept where Numba keeps it (NUMBA_CACHE_DIR, __pycache__ or the user's cache directory); where
     none of them can be written, each process compiles anew.

@@ -59,7 +59,7 @@ def _complete(kernel: Any, task_address: int, scratch: int) -> None:
     while True:
         try:
             kernel(task_address, scratch)
-            _await_items(task_address, 0)
+            _await_items(task_address)
             break
         except KeyboardInterrupt as error:
             interrupt = error
@@ -68,7 +68,7 @@ def _complete(kernel: Any, task_address: int, scratch: int) -> None:
 
 
 @kernel
-def _await_items(task_address, _):
+def _await_items(task_address):
     """Return when all items are done, the helpers' included."""
     items = task_at(task_address).items
     spins = 0

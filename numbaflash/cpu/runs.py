@@ -7,8 +7,9 @@ the cache and a batch of caches, and nothing is ever copied together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,8 @@ __all__ = [
 # Columns of a run: addresses and strides in bytes, the position of its first token, the number of its tokens.
 K_ADDRESS, V_ADDRESS, START, COUNT, K_TOKEN_STRIDE, K_HEAD_STRIDE, V_TOKEN_STRIDE, V_HEAD_STRIDE = range(8)
 RUN_FIELDS = 8
+
+Ints: TypeAlias = Sequence[int] | NDArray[np.int64]
 
 # A window side that reaches past every position, and can be added to a position without overflow.
 UNBOUNDED = 1 << 62
@@ -62,33 +65,27 @@ class KVRuns:
     value_dim: int
 
 
-@dataclass(frozen=True, eq=False)
 class Visibility:
-    """Which positions a query sees, for each sequence of the batch; all arrays are (sequences,) int64.
+    """Which positions a query sees, for each sequence of the batch.
 
     Query row i of sequence b stands at position p = q_start[b] + i. It sees position j where
     p - left[b] <= j <= p + right[b], or where j < sinks[b] and j <= p + right[b].
 
+    Args:
+        q_start: (sequences,) ints: position of query row 0; negative where there are more queries than keys.
+        left: (sequences,) ints: window to the left, UNBOUNDED for none.
+        right: (sequences,) ints: window to the right, UNBOUNDED for none, 0 for causal.
+        sinks: (sequences,) ints: the first positions that stay visible when the window has left them behind.
+
     Attributes:
-        q_start: Position of query row 0; negative where there are more queries than keys.
-        left: Window to the left, UNBOUNDED for none.
-        right: Window to the right, UNBOUNDED for none, 0 for causal.
-        sinks: The first positions that stay visible when the window has left them behind.
+        rows: (4, sequences) int64: the arguments side by side, of which those of the same names are views.
     """
 
-    q_start: NDArray[np.int64]
-    left: NDArray[np.int64]
-    right: NDArray[np.int64]
-    sinks: NDArray[np.int64]
+    def __init__(self, q_start: Ints, left: Ints, right: Ints, sinks: Ints) -> None:
+        self.rows = np.array((q_start, left, right, sinks), np.int64)
+        self.q_start, self.left, self.right, self.sinks = self.rows
 
 
-def contiguous_run(k: NDArray[Any], v: NDArray[Any], start: int) -> NDArray[np.int64]:
+def contiguous_run(k: NDArray[Any], v: NDArray[Any], start: int) -> tuple[int, ...]:
     """Return the row of `KVRuns.table` for keys (T, Hkv, D) and values (T, Hkv, Dv) whose first token is at `start`."""
-    row = np.empty((1, RUN_FIELDS), np.int64)
-    row[0, K_ADDRESS] = k.ctypes.data
-    row[0, V_ADDRESS] = v.ctypes.data
-    row[0, START] = start
-    row[0, COUNT] = len(k)
-    row[0, K_TOKEN_STRIDE], row[0, K_HEAD_STRIDE] = k.strides[:2]
-    row[0, V_TOKEN_STRIDE], row[0, V_HEAD_STRIDE] = v.strides[:2]
-    return row
+    return k.ctypes.data, v.ctypes.data, start, len(k), *k.strides[:2], *v.strides[:2]

@@ -58,9 +58,9 @@ def attention(
     runs = KVRuns(table, np.arange(batch + 1), k.dtype, problem.kv_heads, problem.head_dim, problem.value_dim)
     visibility = Visibility(
         q_start=problem.kv_lengths - problem.q_tokens,
-        left=np.full(batch, _side(problem.window_left)),
-        right=np.full(batch, _side(problem.window_right)),
-        sinks=np.zeros(batch, np.int64),
+        left=[_side(problem.window_left)] * batch,
+        right=[_side(problem.window_right)] * batch,
+        sinks=[0] * batch,
     )
     call = _Call(readable(q), runs, visibility, problem.scoring, keep_alive=(k, v))
     if call.is_empty:
@@ -140,8 +140,8 @@ class _Call:
         self._run(prefill, PREFILL_SCRATCH, self._pairs * -(-self._panels // per_item))
 
     def _decode(self) -> None:
-        plan_decode(self._task.ctypes.data, 0)
-        items, splits = int(self._task["items"][0]), int(self._task["splits"][0])
+        items = plan_decode(self._task.ctypes.data)
+        splits = int(self._task["splits"][0])
         if splits > 1:
             rows = int(self._task["rows_per_item"][0])
             self._allocate_workspace(items * rows * partial_bytes(self._runs.value_dim))
@@ -175,7 +175,7 @@ class _Call:
 
     def _run(self, kernel: Any, scratch_bytes: int, items: int) -> None:
         self._task["items"] = items
-        helpers = min(thread_count(), items) - 1 if self._is_worth_sharing() else 0
+        helpers = min(thread_count(), items) - 1 if items > 1 and self._is_worth_sharing() else 0
         references = (self.out, self.lse, self._runs, self._keep_alive)
         run(kernel, self._task, scratch_bytes, helpers, references)
 
@@ -203,6 +203,7 @@ def _describe(
     q_batch, q_token, q_head, _ = (0, *q.strides)[-4:]
     out_batch, out_token, out_head, _ = (0, *out.strides)[-4:]
     lse_batch, lse_head, lse_token = (0, *lse.strides)[-3:]
+    sides, side = visibility.rows.ctypes.data, visibility.rows.strides[0]
     options = {"bias_dtype": NO_BIAS}
     if q_bounds is not None:
         options["q_bounds"] = q_bounds.ctypes.data
@@ -237,10 +238,10 @@ def _describe(
         runs=runs.table.ctypes.data,
         bounds=runs.bounds.ctypes.data,
         kv_dtype=_CODES[runs.dtype],
-        q_start=visibility.q_start.ctypes.data,
-        left=visibility.left.ctypes.data,
-        right=visibility.right.ctypes.data,
-        sinks=visibility.sinks.ctypes.data,
+        q_start=sides,
+        left=sides + side,
+        right=sides + 2 * side,
+        sinks=sides + 3 * side,
         scale=scoring.scale,
         softcap=scoring.softcap,
         **options,

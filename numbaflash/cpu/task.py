@@ -10,11 +10,21 @@ from llvmlite import ir
 from numba import from_dtype, types
 from numpy.typing import NDArray
 
-from .intrinsics import instruction
+from .intrinsics import Emitter, instruction
 from .jit import native
 from .vector import atomic_add
 
-__all__ = ["BOOL_BIAS", "ITEMS_DONE", "NO_BIAS", "TASK", "make_task", "report_item", "take_item", "task_at"]
+__all__ = [
+    "BOOL_BIAS",
+    "ITEMS_DONE",
+    "NO_BIAS",
+    "TASK",
+    "make_task",
+    "record_at",
+    "report_item",
+    "take_item",
+    "task_at",
+]
 
 # What bias_dtype says beside the codes of the dtypes.
 BOOL_BIAS = 3
@@ -39,23 +49,29 @@ _INTEGERS = (
 )
 TASK = np.dtype([(name, np.int64) for name in _INTEGERS] + [("scale", np.float32), ("softcap", np.float32)])
 
+_ZEROS = dict.fromkeys(_INTEGERS, 0)
 _PACKED = struct.Struct(f"={len(_INTEGERS)}q2f")
 NEXT_ITEM, ITEMS_DONE = (8 * _INTEGERS.index(name) for name in ("next_item", "items_done"))
 
 
 def make_task(*, scale: float = 0.0, softcap: float = 0.0, **integers: int) -> NDArray[Any]:
     """One TASK record; fields that are not named are 0."""
-    values = [integers.pop(name, 0) for name in _INTEGERS]
-    if integers:
-        raise TypeError(f"a task has no field {', '.join(integers)}")
-    return np.frombuffer(bytearray(_PACKED.pack(*values, scale, softcap)), TASK)
+    values = {**_ZEROS, **integers}  # in the order of the record
+    if len(values) > len(_ZEROS):
+        raise TypeError(f"a task has no field {', '.join(integers.keys() - _ZEROS.keys())}")
+    return np.frombuffer(bytearray(_PACKED.pack(*values.values(), scale, softcap)), TASK)
 
 
-def _task_at(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    return builder.inttoptr(address, ir.ArrayType(ir.IntType(8), TASK.itemsize).as_pointer())
+def record_at(dtype: np.dtype[Any]) -> tuple[types.Type, tuple[types.Type, ...], Emitter]:
+    """What `instruction` takes to make a function from an address to the record that lies there."""
+
+    def emitter(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+        return builder.inttoptr(address, ir.ArrayType(ir.IntType(8), dtype.itemsize).as_pointer())
+
+    return from_dtype(dtype), (types.int64,), emitter
 
 
-task_at = instruction(from_dtype(TASK), (types.int64,), _task_at)  # the record at an address
+task_at = instruction(*record_at(TASK))
 
 
 @native

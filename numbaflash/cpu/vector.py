@@ -25,6 +25,7 @@ __all__ = [
     "atomic_add",
     "atomic_load",
     "both",
+    "copy_bytes",
     "div",
     "either",
     "equal",
@@ -53,6 +54,7 @@ __all__ = [
     "store_bfloat16",
     "store_float",
     "store_float16",
+    "store_int",
     "store_one_bfloat16",
     "store_one_float16",
     "sub",
@@ -200,7 +202,20 @@ def _pause(builder: ir.IRBuilder) -> None:
     builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
 
 
+def _copy_bytes(builder: ir.IRBuilder, target: ir.Value, source: ir.Value, nbytes: ir.Value) -> None:
+    pointer = ir.IntType(8).as_pointer()
+    cgutils.raw_memcpy(
+        builder, builder.inttoptr(target, pointer), builder.inttoptr(source, pointer), nbytes, ir.Constant(I64, 1)
+    )
+
+
+def _store_int(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> None:
+    emit.store_at(builder, address, value, 8)
+
+
 load_int = instruction(types.int64, (types.int64,), lambda builder, address: emit.load_at(builder, address, I64, 8))
+store_int = instruction(types.void, (types.int64, types.int64), _store_int)
+copy_bytes = instruction(types.void, (types.int64,) * 3, _copy_bytes)  # target, source, nbytes
 load_byte = instruction(types.int64, (types.int64,), _load_byte)
 prefetch = instruction(types.void, (types.int64,), emit.prefetch)
 atomic_add = instruction(types.int64, (types.int64, types.int64), _atomic_add)  # returns the value before

@@ -175,7 +175,7 @@ def test_queries_of_another_dtype_than_the_keys() -> None:
     for tokens in (2, 30):
         q = normal(1, 1, tokens, 4, 32)
         k, v = normal(2, 1, 80, 2, 32, dtype=BFLOAT16), normal(3, 1, 80, 2, 32, dtype=BFLOAT16)
-        runs = cpu.KVRuns(cpu.contiguous_run(k[0], v[0], 0), np.array([0, 1]), BFLOAT16, 2, 32, 32)
+        runs = cpu.KVRuns(np.array([cpu.contiguous_run(k[0], v[0], 0)]), np.array([0, 1]), BFLOAT16, 2, 32, 32)
         sees_all = cpu.Visibility(*(np.array([x]) for x in (80 - tokens, cpu.UNBOUNDED, cpu.UNBOUNDED, 0)))
         scoring = problem.describe_scoring(batch=1, q_heads=4, head_dim=32)
         out, lse = cpu.attend_runs(q, runs, sees_all, scoring)

@@ -27,7 +27,7 @@ def scoring_for(q: NDArray[Any], **options: Any) -> Scoring:
 def runs_of(pieces: list[tuple[NDArray[Any], NDArray[Any], int]]) -> KVRuns:
     """One sequence whose runs are (keys (T, H, D), values (T, H, Dv), position)."""
     k, v, _ = pieces[0]
-    table = np.concatenate([cpu.contiguous_run(*piece) for piece in pieces])
+    table = np.array([cpu.contiguous_run(*piece) for piece in pieces])
     return KVRuns(table, np.array([0, len(table)]), k.dtype, k.shape[1], k.shape[2], v.shape[2])
 
 

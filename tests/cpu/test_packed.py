@@ -24,7 +24,7 @@ def test_a_packed_sequence_gets_what_it_gets_alone(q_tokens: list[int], heads: t
     k, v = (normal(seed, kv_bounds[-1], kv_heads, 40) for seed in (2, 3))
     slopes = np.linspace(0.1, 1, len(q_tokens) * q_heads, dtype=np.float32).reshape(-1, q_heads)
     runs = KVRuns(
-        table=np.concatenate([contiguous_run(k[a:b], v[a:b], 0) for a, b in pairwise(kv_bounds)]),
+        table=np.array([contiguous_run(k[a:b], v[a:b], 0) for a, b in pairwise(kv_bounds)]),
         bounds=np.arange(len(q_tokens) + 1),
         dtype=q.dtype,
         kv_heads=kv_heads,
