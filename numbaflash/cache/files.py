@@ -1,4 +1,4 @@
-"""Caches on disk: one safetensors file, with its version, its shape and a checksum in the header.
+"""Caches on disk: a safetensors file with its version, its shape and a checksum of every page in the header.
 
 Tensors `layers.N.k` and `layers.N.v` hold (tokens, kv_heads, head_dim): the sink tokens, then everything from the
 oldest token that is intact to the newest. Nothing in the file is executed when it is read.
@@ -6,24 +6,25 @@ oldest token that is intact to the newest. Nothing in the file is executed when 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-__all__ = ["RingShape", "SavedLayer", "read", "write"]
+from .checked import CheckedFile, PagedTensor
+from .checked import write as write_checked
+
+__all__ = ["CacheFile", "LayerState", "RingShape", "write"]
 
 _FORMAT = "numbaflash.RingKVCache"
-_VERSION = 1
+_VERSION = 2
+_HEADER = ("format", "version", "shape", "layers")
+_ATTACHED = "attached."
 
 
 @dataclass(frozen=True)
@@ -40,75 +41,158 @@ class RingShape:
     dtype: str
 
 
-@dataclass(frozen=True, eq=False)
-class SavedLayer:
-    """One layer: tokens seen, oldest intact position, and what is kept, (tokens, kv_heads, head_dim) each."""
+@dataclass(frozen=True)
+class LayerState:
+    """One layer: tokens seen, and the oldest intact position."""
 
     length: int
     intact: int
-    keys: NDArray[Any]
-    values: NDArray[Any]
+
+    def kept(self, sink_tokens: int) -> tuple[range, range]:
+        """Return the positions that are in the file: of the sink tokens, of those behind them."""
+        return range(min(self.length, sink_tokens)), range(min(self.intact, self.length), self.length)
 
 
-def write(path: str | os.PathLike[str], shape: RingShape, layers: Sequence[SavedLayer]) -> None:
-    """Write a cache; a reader sees the old file or the new one, never a part of it.
+def write(
+    path: str | os.PathLike[str],
+    shape: RingShape,
+    layers: Sequence[LayerState],
+    read: Callable[[int, int, int], NDArray[Any]],
+    dtype: np.dtype[Any],
+    *,
+    notes: Mapping[str, str],
+    attachments: Mapping[str, NDArray[Any]],
+) -> None:
+    """Write a cache; whoever reads sees the old file or the new one, never a part of it.
+
+    Args:
+        path: Of the file.
+        shape: What makes an empty one.
+        layers: State of each layer.
+        read: Gives the tokens of a layer from a position to another, (2, tokens, kv_heads, head_dim).
+        dtype: Of those.
+        notes: Strings that go with it.
+        attachments: Arrays that go with it.
 
     Raises:
         OSError: The file cannot be written.
     """
-    tensors: dict[str, NDArray[Any]] = {}
+    tensors: dict[str, PagedTensor] = {}
     for index, layer in enumerate(layers):
-        tensors[f"layers.{index}.k"] = np.ascontiguousarray(layer.keys)
-        tensors[f"layers.{index}.v"] = np.ascontiguousarray(layer.values)
+        tokens = sum(map(len, layer.kept(shape.sink_tokens)))
+        for name in ("k", "v"):
+            axes = (tokens, shape.num_kv_heads, shape.head_dim)
+            tensors[f"layers.{index}.{name}"] = PagedTensor(dtype, axes, shape.page_size)
+    for name, array in attachments.items():
+        tensors[_ATTACHED + name] = PagedTensor(array.dtype, array.shape, len(array))
+
+    def content() -> Iterator[tuple[str, int, NDArray[Any]]]:
+        for index, layer in enumerate(layers):
+            sinks, ring = layer.kept(shape.sink_tokens)
+            for page, first in enumerate(range(0, len(sinks) + len(ring), shape.page_size)):
+                behind = first + shape.page_size
+                stretches = sinks[first:behind], ring[max(0, first - len(sinks)) : max(0, behind - len(sinks))]
+                parts = [read(index, stretch.start, stretch.stop) for stretch in stretches if stretch]
+                keys, values = np.concatenate(parts, axis=1)
+                yield f"layers.{index}.k", page, keys
+                yield f"layers.{index}.v", page, values
+        for name, array in attachments.items():
+            yield _ATTACHED + name, 0, array
+
     header = {
         "format": _FORMAT,
         "version": str(_VERSION),
         "shape": json.dumps(asdict(shape)),
-        "layers": json.dumps([{"length": layer.length, "intact": layer.intact} for layer in layers]),
+        "layers": json.dumps([asdict(layer) for layer in layers]),
     }
-    header["sha256"] = _digest(header, tensors)
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        save_file(tensors, partial, metadata=header)
-        partial.replace(target)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    write_checked(path, {**notes, **header}, tensors, content())
 
 
-def read(path: str | os.PathLike[str]) -> tuple[RingShape, list[SavedLayer]]:
-    """Read a cache and check all of it.
+class CacheFile:
+    """A cache on disk, open for reading.
+
+    Args:
+        path: Of the file.
+
+    Attributes:
+        shape: What makes an empty cache of the same shape.
+        layers: State of each layer.
+        notes: The strings that went with it.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: The file is no cache, of another version, or damaged.
+        ValueError: It is no cache, of another version, or its header is damaged.
     """
-    try:
-        with safe_open(os.fspath(path), framework="np") as file:
-            header = dict(file.metadata() or {})
-            if header.get("format") != _FORMAT:
-                raise ValueError(f"{path} holds no {_FORMAT} (format {header.get('format')!r})")
-            if header.get("version") != str(_VERSION):
-                raise ValueError(f"{path} has version {header.get('version')!r}, this release reads {_VERSION}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if header.pop("sha256", None) != _digest(header, tensors):
-        raise ValueError(f"{path} is damaged: its content does not match its checksum")
-    shape = RingShape(**json.loads(header["shape"]))
-    layers = [
-        SavedLayer(keys=tensors[f"layers.{index}.k"], values=tensors[f"layers.{index}.v"], **state)
-        for index, state in enumerate(json.loads(header["layers"]))
-    ]
-    return shape, layers
 
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = path
+        self._file = CheckedFile(path)
+        try:
+            notes = self._file.notes
+            if notes.get("format") != _FORMAT:
+                raise ValueError(f"{path} holds no {_FORMAT} (format {notes.get('format')!r})")
+            if notes.get("version") != str(_VERSION):
+                raise ValueError(f"{path} has version {notes.get('version')!r}, this release reads {_VERSION}")
+            self.shape = RingShape(**json.loads(notes["shape"]))
+            self.layers = [LayerState(**state) for state in json.loads(notes["layers"])]
+            self._check()
+        except (TypeError, KeyError) as error:
+            self._file.close()
+            raise ValueError(f"{path} is damaged: {error}") from None
+        except BaseException:
+            self._file.close()
+            raise
+        self.notes = {name: note for name, note in notes.items() if name not in _HEADER}
 
-def _digest(header: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) -> str:
-    digest = hashlib.sha256(json.dumps(sorted(header.items())).encode())
-    for name in sorted(tensors):
-        tensor = np.ascontiguousarray(tensors[name])
-        digest.update(f"{name}{tensor.dtype.name}{tensor.shape}".encode())
-        digest.update(tensor.view(np.uint8).reshape(-1).data if tensor.size else b"")
-    return digest.hexdigest()
+    def __enter__(self) -> CacheFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def _check(self) -> None:
+        """See that header and tensors agree: checksums find accidents, and a file may be anybody's."""
+        shape = self.shape
+        if len(self.layers) != shape.num_layers:
+            raise ValueError(f"{self._path} has {len(self.layers)} layers, and its shape {shape.num_layers}")
+        ring_tokens = shape.capacity - shape.sink_tokens + shape.rollback
+        for index, layer in enumerate(self.layers):
+            if layer.length < 0 or layer.intact < max(shape.sink_tokens, layer.length - ring_tokens):
+                raise ValueError(f"{self._path} has a layer {index} that cannot be: {layer}")
+            tokens = sum(map(len, layer.kept(shape.sink_tokens)))
+            for name in ("k", "v"):
+                tensor = self._file.tensors[f"layers.{index}.{name}"]
+                expected = (tokens, shape.num_kv_heads, shape.head_dim), shape.dtype, shape.page_size
+                if (tensor.shape, tensor.dtype.name, tensor.page_rows) != expected:
+                    raise ValueError(f"{self._path} has a tensor layers.{index}.{name} that does not fit its shape")
+
+    def tokens(self, layer: int) -> Iterator[tuple[int, NDArray[Any], NDArray[Any]]]:
+        """Read a layer's tokens: position of the first, keys and values of some that follow each other, and so on.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: A page is damaged.
+        """
+        sinks, ring = self.layers[layer].kept(self.shape.sink_tokens)
+        for page in range(self._file.tensors[f"layers.{layer}.k"].pages):
+            keys, values = (self._file.read(f"layers.{layer}.{name}", page) for name in ("k", "v"))
+            first = page * self.shape.page_size
+            stretches = sinks[first : first + len(keys)], ring[max(0, first - len(sinks)) :][: len(keys)]
+            row = 0
+            for stretch in stretches:
+                count = min(len(stretch), len(keys) - row)
+                if count:
+                    yield stretch.start, keys[row : row + count], values[row : row + count]
+                row += count
+
+    def attachments(self) -> dict[str, NDArray[Any]]:
+        """Read the arrays that went with it.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: One is damaged.
+        """
+        names = [name for name in self._file.tensors if name.startswith(_ATTACHED)]
+        return {name.removeprefix(_ATTACHED): self._file.read(name, 0) for name in names}

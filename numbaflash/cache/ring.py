@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -245,8 +245,19 @@ class RingKVCache:
         """Bytes of the pages once every ring is full."""
         return self.num_layers * self.layout.slots * self._pool.page_nbytes
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the cache to a safetensors file, whole or not at all.
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        notes: Mapping[str, str] | None = None,
+        attachments: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:
+        """Write the cache to a safetensors file, whole or not at all; a page at a time, so that it takes no memory.
+
+        Args:
+            path: Of the file.
+            notes: Strings that go with it, for `files.CacheFile` to read.
+            attachments: Arrays that go with it, none of them empty.
 
         Raises:
             OSError: The file cannot be written.
@@ -261,12 +272,16 @@ class RingKVCache:
             rollback=self.layout.rollback,
             dtype=self.dtype.name,
         )
-        saved = []
-        for ring in self._layers:
-            sinks = ring.read(0, min(ring.length, self.layout.sink_tokens))
-            kept = np.concatenate((sinks, ring.read(min(ring.intact, ring.length), ring.length)), axis=1)
-            saved.append(files.SavedLayer(length=ring.length, intact=ring.intact, keys=kept[0], values=kept[1]))
-        files.write(path, shape, saved)
+        layers = [files.LayerState(length=ring.length, intact=ring.intact) for ring in self._layers]
+        files.write(
+            path,
+            shape,
+            layers,
+            lambda layer, start, stop: self._layers[layer].read(start, stop),
+            self.dtype,
+            notes=notes or {},
+            attachments=attachments or {},
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, backend: str | None = None) -> RingKVCache:
@@ -276,24 +291,24 @@ class RingKVCache:
             OSError: The file cannot be read.
             ValueError: The file is no such cache, of another version, or damaged.
         """
-        shape, saved_layers = files.read(path)
-        cache = cls(
-            shape.num_layers,
-            shape.num_kv_heads,
-            shape.head_dim,
-            capacity=shape.capacity,
-            sink_tokens=shape.sink_tokens,
-            dtype=shape.dtype,
-            page_size=shape.page_size,
-            rollback=shape.rollback,
-            backend=backend,
-        )
-        for ring, saved in zip(cache._layers, saved_layers, strict=True):
-            sinks = min(saved.length, shape.sink_tokens)
-            ring.write(saved.keys[:sinks], saved.values[:sinks])
-            ring.length = max(sinks, saved.length - (len(saved.keys) - sinks))
-            ring.write(saved.keys[sinks:], saved.values[sinks:])
-            ring.intact = saved.intact
+        with files.CacheFile(path) as file:
+            shape = file.shape
+            cache = cls(
+                shape.num_layers,
+                shape.num_kv_heads,
+                shape.head_dim,
+                capacity=shape.capacity,
+                sink_tokens=shape.sink_tokens,
+                dtype=shape.dtype,
+                page_size=shape.page_size,
+                rollback=shape.rollback,
+                backend=backend,
+            )
+            for layer, (ring, state) in enumerate(zip(cache._layers, file.layers, strict=True)):
+                for position, keys, values in file.tokens(layer):
+                    ring.length = position
+                    ring.write(keys, values)
+                ring.length, ring.intact = state.length, state.intact
         return cache
 
     def _hold(self, layers: list[LayerRing]) -> None:

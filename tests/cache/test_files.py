@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 
 import numpy as np
@@ -10,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import random_tokens
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import numbaflash
+from numbaflash.cache import checked, files
 
 
 def filled(count, *, layers=2, dtype="float32", **options):
@@ -67,16 +71,74 @@ def test_a_folder_that_does_not_exist_is_an_os_error(tmp_path):
         numbaflash.RingKVCache.load(tmp_path / "missing")
 
 
-@pytest.mark.parametrize("place", [0.0, 0.5, 0.999])
-def test_a_flipped_bit_is_noticed(tmp_path, place):
+def header_end(content):
+    return 8 + struct.unpack("<Q", content[:8])[0]
+
+
+@pytest.mark.parametrize(("place", "page"), [(0.0, "page 0 of layers.0.k"), (0.999, "page 3 of layers.1.v")])
+def test_a_flipped_bit_is_noticed_and_the_page_named(tmp_path, place, page):
     path = tmp_path / "c"
     filled(40).save(path)
     content = bytearray(path.read_bytes())
-    header_end = 8 + struct.unpack("<Q", content[:8])[0]
-    content[header_end + int(place * (len(content) - header_end))] ^= 1
+    start = header_end(content)
+    content[start + int(place * (len(content) - start))] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="is damaged: its content does not match its checksum"):
+    with pytest.raises(ValueError, match=f"is damaged: {page} does not match its checksum"):
         numbaflash.RingKVCache.load(path)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_a_file_with_any_byte_changed_never_gives_other_tokens(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "changed"
+    cache = filled(9, layers=1)
+    cache.save(path)
+    content = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is damaged|holds no|has version"):
+        numbaflash.RingKVCache.load(path)
+
+
+def test_the_safetensors_library_reads_it(tmp_path):
+    cache = filled(15, layers=1, dtype="bfloat16")
+    cache.save(tmp_path / "c", notes={"from": "a test"})
+    tensors = load_file(tmp_path / "c")
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {f"layers.0.{n}": (15, 2, 8) for n in "kv"}
+    assert tensors["layers.0.k"].dtype == cache.dtype
+    with safe_open(tmp_path / "c", framework="np") as file:
+        assert file.metadata()["from"] == "a test"
+
+
+def test_notes_and_attachments_come_back(tmp_path):
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones((1, 2), np.int8)}
+    filled(40).save(tmp_path / "c", notes={"who": "somebody"}, attachments=arrays)
+    with files.CacheFile(tmp_path / "c") as file:
+        assert file.notes == {"who": "somebody"}
+        assert {name: array.tolist() for name, array in file.attachments().items()} == {
+            name: array.tolist() for name, array in arrays.items()
+        }
+    assert numbaflash.RingKVCache.load(tmp_path / "c").length(1) == 41
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "c"
+    filled(5).save(path)
+    written = []
+
+    def full(descriptor, data, offset):
+        written.append(len(data))
+        if len(written) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(descriptor, data[: len(data) // 2 or 1], offset)  # short writes are legal, too
+
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left"):
+        filled(40).save(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+    assert numbaflash.RingKVCache.load(path).length(0) == 5
 
 
 @pytest.mark.parametrize("keep", [4, 40, -1])
@@ -92,7 +154,7 @@ def test_a_header_that_was_changed_is_noticed(tmp_path):
     path = tmp_path / "c"
     filled(40).save(path)
     content = path.read_bytes()
-    header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])["__metadata__"]
+    header = json.loads(content[8 : header_end(content)])["__metadata__"]
     header["shape"] = header["shape"].replace('"capacity": 20', '"capacity": 21')
     save_file(load_file(path), path, metadata=header)
     with pytest.raises(ValueError, match="checksum"):
@@ -104,6 +166,34 @@ def test_other_files_and_other_versions_are_refused(tmp_path):
     save_file({"a": np.zeros(3, np.float32)}, path)
     with pytest.raises(ValueError, match=r"holds no numbaflash\.RingKVCache"):
         numbaflash.RingKVCache.load(path)
-    save_file({}, path, metadata={"format": "numbaflash.RingKVCache", "version": "2"})
-    with pytest.raises(ValueError, match="has version '2', this release reads 1"):
+    save_file({}, path, metadata={"format": "numbaflash.RingKVCache", "version": "1"})
+    with pytest.raises(ValueError, match="has version '1', this release reads 2"):
+        numbaflash.RingKVCache.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"num_layers": 3}, "has 2 layers, and its shape 3"),
+        ({"num_kv_heads": 4}, "a tensor layers.0.k that does not fit"),
+        ({"dtype": "float16"}, "a tensor layers.0.k that does not fit"),
+        ({"capacity": 10}, "a layer 0 that cannot be"),
+        ({"length": -1}, "a layer 0 that cannot be"),
+        ({"intact": 0}, "a layer 0 that cannot be"),
+        ({"length": 39}, "a tensor layers.0.k that does not fit"),
+        ({"length": "40"}, "is damaged"),
+    ],
+)
+def test_a_file_that_contradicts_itself_under_right_checksums_is_refused(tmp_path, change, complaint):
+    path = tmp_path / "c"
+    filled(40).save(path)
+    file = checked.CheckedFile(path)
+    shape, layers = json.loads(file.notes["shape"]), json.loads(file.notes["layers"])
+    for place in (shape, layers[0]):
+        place.update({name: value for name, value in change.items() if name in place})
+    pages = [(name, i, file.read(name, i)) for name, tensor in file.tensors.items() for i in range(tensor.pages)]
+    notes = {**file.notes, "shape": json.dumps(shape), "layers": json.dumps(layers)}
+    checked.write(path, notes, file.tensors, pages)
+    file.close()
+    with pytest.raises(ValueError, match=complaint):
         numbaflash.RingKVCache.load(path)
