@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, Literal
 
 import numpy as np
@@ -36,8 +37,9 @@ def attention(
 ) -> Any:
     """Softmax(Q K^T) V, exact, without ever holding all scores ("v2", "v1"), or with all of them ("standard").
 
-    Takes NumPy arrays and anything with `__dlpack__` in host memory; float32, float16 or bfloat16. Sums and softmax run
-    in float32. Query head h reads KV head `h // (Hq // Hkv)`. A query that may attend to nothing gives zeros.
+    Takes NumPy arrays and anything with `__dlpack__` or `__cuda_array_interface__`; float32, float16 or bfloat16. Sums
+    and softmax run in float32. Query head h reads KV head `h // (Hq // Hkv)`. A query that may attend to nothing gives
+    zeros.
 
     Args:
         q: (B, Sq, Hq, D); D is 1 to 256.
@@ -56,7 +58,9 @@ def attention(
         algorithm: "v2" (FlashAttention-2, Algorithm 1), "v1" (FlashAttention, Algorithm 1) or "standard" (the same
             paper's Algorithm 0: scores and probabilities written out).
         return_lse: Also return the natural log-sum-exp of each query's scores.
-        backend: "cpu", or None to choose.
+        backend: "cpu"; "cuda", a GPU, whose own arrays are read where they lie, in the order of their library's current
+            stream (others are copied there and back); "emulated", the GPU's kernels on the emulator: slow, and checked.
+            None: "cuda" where q lives on a GPU or one is there, else "cpu".
 
     Returns:
         The output (B, Sq, Hq, Dv), q's library and dtype; with `return_lse` also the LSE, float32 (B, Hq, Sq), -inf
@@ -65,26 +69,28 @@ def attention(
     Raises:
         TypeError: An argument has the wrong type or dtype; nothing has run.
         ValueError: An argument has the wrong shape or value; nothing has run.
+        RuntimeError: The backend needs a GPU, or packages, that are not there.
     """
-    choose_backend(backend)
+    backend = choose_backend(backend, array=q)
     if algorithm not in _ALGORITHMS:
         raise ValueError(f"algorithm must be {', '.join(map(repr, _ALGORITHMS))}, got {algorithm!r}")
-    queries, keys, values = as_numpy(q, "q"), as_numpy(k, "k"), as_numpy(v, "v")
-    problem = describe(
-        queries,
-        keys,
-        values,
-        scale=scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        bias=bias,
-        alibi_slopes=alibi_slopes,
-        sink_logits=sink_logits,
-        kv_lengths=kv_lengths,
-    )
-    out, lse = cpu.attention(problem, queries, keys, values, algorithm)
-    return (like(q, out), like(q, lse)) if return_lse else like(q, out)
+    options: dict[str, Any] = {
+        "scale": scale,
+        "causal": causal,
+        "window": window,
+        "softcap": softcap,
+        "bias": bias,
+        "alibi_slopes": alibi_slopes,
+        "sink_logits": sink_logits,
+        "kv_lengths": kv_lengths,
+    }
+    if backend == "cpu":
+        queries, keys, values = as_numpy(q, "q"), as_numpy(k, "k"), as_numpy(v, "v")
+        problem = describe(queries, keys, values, **options)
+        out, lse = (like(q, result) for result in cpu.attention(problem, queries, keys, values, algorithm))
+    else:
+        out, lse = _cuda().attention(q, k, v, backend=backend, algorithm=algorithm, return_lse=return_lse, **options)
+    return (out, lse) if return_lse else out
 
 
 def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, Any]:
@@ -129,3 +135,11 @@ def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, Any]:
     with np.errstate(divide="ignore"):
         lse = base + np.log(total)
     return like(out_a, out.astype(dtype)), like(out_a, lse)
+
+
+def _cuda() -> Any:
+    """The module of the kernels for GPUs; it needs the compilers that come with an extra."""
+    try:
+        return importlib.import_module(".cuda.attention", __package__)
+    except ImportError as error:
+        raise RuntimeError(f"backends 'cuda' and 'emulated' need pip install 'numbaflash[cuda]': {error}") from error

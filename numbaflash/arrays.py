@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["as_numpy", "like"]
+__all__ = ["as_numpy", "like", "namespace_of"]
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -55,12 +55,17 @@ def like(template: Any, result: NDArray[Any]) -> Any:
         if result.dtype == _BFLOAT16:
             return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(result)
-    namespace = template.__array_namespace__() if hasattr(template, "__array_namespace__") else None
-    if namespace is None:
-        namespace = sys.modules[type(template).__module__.partition(".")[0]]
+    namespace = namespace_of(template)
     if result.dtype == _BFLOAT16:
         return namespace.asarray(result)
     return namespace.from_dlpack(result)
+
+
+def namespace_of(array: Any) -> Any:
+    """Return the module with the functions of an array's library."""
+    if hasattr(array, "__array_namespace__"):
+        return array.__array_namespace__()
+    return sys.modules[type(array).__module__.partition(".")[0]]
 
 
 def _is_torch(array: Any) -> bool:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-__all__ = ["choose_backend"]
+from typing import Any
 
-_BACKENDS = ("cpu",)
+from .cuda.driver import has_usable_gpu
+from .device_arrays import is_on_gpu
+
+__all__ = ["BACKENDS", "CACHE_BACKENDS", "choose_backend"]
+
+BACKENDS = ("cuda", "cpu", "emulated")
+"""What `attention` runs on."""
+CACHE_BACKENDS = ("cpu",)
+"""What `RingKVCache` lives on."""
 
 
-def choose_backend(backend: str | None) -> str:
-    """Return the backend to use; None chooses.
+def choose_backend(backend: str | None, accepted: tuple[str, ...] = BACKENDS, *, array: Any = None) -> str:
+    """Return the backend to use; None chooses: "cuda" where the array lives on a GPU or one is there, else "cpu".
+
+    Args:
+        backend: What was asked for.
+        accepted: What there is to choose from.
+        array: One that the work is about.
 
     Raises:
         ValueError: There is no such backend.
     """
     if backend is None:
-        return "cpu"
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend must be {' or '.join(map(repr, _BACKENDS))} or None, got {backend!r}")
+        return "cuda" if "cuda" in accepted and (is_on_gpu(array) or has_usable_gpu()) else "cpu"
+    if backend not in accepted:
+        raise ValueError(f"backend must be {' or '.join(map(repr, accepted))} or None, got {backend!r}")
     return backend

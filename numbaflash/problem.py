@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import as_numpy
+from .device_arrays import DeviceArray
 
 __all__ = [
     "BFLOAT16",
@@ -46,14 +47,14 @@ class Scoring:
         scale: Factor of q.k.
         softcap: s -> softcap * tanh(s / softcap); 0 means none.
         alibi_slopes: (B, Hq) float32, adds -slope * |query position - key position|; None means none.
-        bias: (B, Hq, Sq, Sk) view, float32, q's dtype or bool (True = may attend); None means none.
+        bias: (B, Hq, Sq, Sk) view, NumPy's or a `DeviceArray`, float32, q's dtype or bool (True = may attend).
         sink_logits: (Hq,) float32, a virtual key without a value for each head; None means none.
     """
 
     scale: float
     softcap: float = 0.0
     alibi_slopes: NDArray[np.float32] | None = None
-    bias: NDArray[Any] | None = None
+    bias: Any = None
     sink_logits: NDArray[np.float32] | None = None
 
 
@@ -81,9 +82,9 @@ class AttentionProblem:
 
 
 def describe(
-    q: NDArray[Any],
-    k: NDArray[Any],
-    v: NDArray[Any],
+    q: NDArray[Any] | DeviceArray,
+    k: NDArray[Any] | DeviceArray,
+    v: NDArray[Any] | DeviceArray,
     *,
     scale: float | None = None,
     causal: bool = False,
@@ -171,7 +172,7 @@ def describe_scoring(
     softcap: float = 0.0,
     alibi_slopes: Any = None,
     sink_logits: Any = None,
-    bias: NDArray[Any] | None = None,
+    bias: NDArray[Any] | DeviceArray | None = None,
 ) -> Scoring:
     """Check the options of scoring that `attention` and `RingKVCache` share; `bias` is checked already.
 
@@ -193,7 +194,7 @@ def describe_scoring(
     return Scoring(checked_scale, checked_softcap, slopes, bias, sinks)
 
 
-def check_dtype(**arrays: NDArray[Any]) -> np.dtype[Any]:
+def check_dtype(**arrays: NDArray[Any] | DeviceArray) -> np.dtype[Any]:
     """Return the one dtype that all arrays share; TypeError where it is none of float32, float16, bfloat16."""
     (first, array), *others = arrays.items()
     if array.dtype not in DTYPES:
@@ -228,12 +229,12 @@ def _window(window: object) -> tuple[int | None, int | None]:
     return sides[0], sides[1]
 
 
-def _bias(bias: Any, dtype: np.dtype[Any], shape: tuple[int, int, int, int]) -> NDArray[Any]:
-    array = as_numpy(bias, "bias")
+def _bias(bias: Any, dtype: np.dtype[Any], shape: tuple[int, int, int, int]) -> NDArray[Any] | DeviceArray:
+    array = bias if isinstance(bias, DeviceArray) else as_numpy(bias, "bias")
     if array.dtype not in (FLOAT32, dtype, np.dtype(np.bool_)):
         raise TypeError(f"bias must be float32, q's dtype {dtype} or bool, got {array.dtype}")
     try:
-        return np.broadcast_to(array, shape)
+        return array.broadcast_to(shape) if isinstance(array, DeviceArray) else np.broadcast_to(array, shape)
     except ValueError:
         raise ValueError(
             f"bias must broadcast to (batch, q heads, q tokens, kv tokens) = {shape}, got shape {array.shape}"

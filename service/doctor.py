@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import os
 import platform
@@ -17,8 +16,9 @@ import llvmlite.binding as llvm
 from rich.console import Console
 from rich.table import Table
 
-from numbaflash.backends import choose_backend
+from numbaflash.backends import CACHE_BACKENDS, choose_backend
 from numbaflash.cpu.pool import thread_count
+from numbaflash.cuda.driver import find_gpus, find_usable_gpu
 
 from .demo import weights
 
@@ -98,7 +98,8 @@ class Diagnosis:
         machine: processor and memory.
         gpus: the CUDA devices found.
         gpu_note: how the search for them went.
-        backend: the backend that is used when none is asked for.
+        backend: the backend of `attention` when none is asked for.
+        cache_backend: that of the KV cache, and so of the service.
         reason: why that one.
         missing: what could be installed.
     """
@@ -108,6 +109,7 @@ class Diagnosis:
     gpus: list[Gpu]
     gpu_note: str
     backend: str
+    cache_backend: str
     reason: str
     missing: list[Missing]
 
@@ -124,13 +126,7 @@ def run(*, json: bool = False) -> None:
 def diagnose() -> Diagnosis:
     """Look at this machine; needs no GPU and none of the extras."""
     gpus, gpu_note = find_gpus()
-    backend = choose_backend(None)
-    if backend != "cpu":
-        reason = f"there is a GPU for it: {gpus[0].name}"
-    elif gpus:
-        reason = "this version of numbaflash has no kernels for the GPU that is here"
-    else:
-        reason = f"no GPU was found: {gpu_note}"
+    gpu, reason = find_usable_gpu()
     return Diagnosis(
         versions={
             "python": platform.python_version(),
@@ -138,9 +134,10 @@ def diagnose() -> Diagnosis:
             **{package.name: installed(package.name) for package in requirements()},
         },
         machine=examine_machine(),
-        gpus=gpus,
+        gpus=[Gpu(gpu.name, "{}.{}".format(*gpu.compute_capability)) for gpu in gpus],
         gpu_note=gpu_note,
-        backend=backend,
+        backend="cpu" if gpu is None else "cuda",
+        cache_backend=choose_backend(None, CACHE_BACKENDS),
         reason=reason,
         missing=find_missing(),
     )
@@ -157,24 +154,6 @@ def examine_machine() -> Machine:
         vector_features=[name for name in VECTOR_FEATURES if features.get(name)],
         memory_gib=round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
     )
-
-
-def find_gpus() -> tuple[list[Gpu], str]:
-    """The CUDA devices, and a sentence about the search."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return [], "there is no NVIDIA driver (libcuda.so.1) on this machine"
-    try:
-        from cuda.core import Device
-    except ImportError:
-        return [], "there is an NVIDIA driver, but cuda-core is not installed"
-    try:
-        devices = Device.get_all_devices()
-    except Exception as error:  # whatever a broken driver raises is what the user wants to read
-        return [], f"there is an NVIDIA driver, but it does not answer: {error}"
-    gpus = [Gpu(device.name, "{}.{}".format(*device.compute_capability)) for device in devices]
-    return gpus, f"found {len(gpus)} by the NVIDIA driver"
 
 
 def find_missing() -> list[Missing]:
@@ -212,6 +191,7 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
     machine = diagnosis.machine
     facts = Table(title="This machine", title_justify="left", show_header=False)
     facts.add_row("Backend", f"[bold]{diagnosis.backend}[/bold]: {diagnosis.reason}")
+    facts.add_row("... of the cache", f"[bold]{diagnosis.cache_backend}[/bold], which the service uses as well")
     facts.add_row("CPU", f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads used")
     facts.add_row("Vector units", " ".join(machine.vector_features) or "none that the kernels know")
     facts.add_row("Memory", f"{machine.memory_gib} GiB")

@@ -17,7 +17,7 @@ import grpc
 import numpy as np
 
 from numbaflash import RingKVCache
-from numbaflash.backends import choose_backend
+from numbaflash.backends import CACHE_BACKENDS, choose_backend
 from numbaflash.cpu import SPLIT_KV_MAX_TOKENS
 
 from . import validation, wire
@@ -57,7 +57,7 @@ class AttentionServicer:
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
-        self._backend = choose_backend(config.backend)
+        self._backend = choose_backend(config.backend, CACHE_BACKENDS)
         self._table = SessionTable(config.kv_memory, config.max_sessions)
         self._answers = Answers(config.replay_memory)
         self._engine = Engine(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..arrays import as_numpy, like
-from ..backends import choose_backend
+from ..backends import CACHE_BACKENDS, choose_backend
 from ..cpu import RUN_FIELDS, KVRuns, Visibility, attend_runs, contiguous_run
 from ..problem import DTYPES, MAX_HEAD_DIM, Scoring, check_dtype, check_heads, describe_scoring
 from . import files
@@ -80,7 +80,7 @@ class RingKVCache:
             rollback=_int_in("rollback", rollback, 0),
         )
         self.dtype = _storage_dtype(dtype)
-        self.backend = choose_backend(backend)
+        self.backend = choose_backend(backend, CACHE_BACKENDS)
         self._pool = PagePool(self.num_kv_heads, page_size, self.head_dim, self.dtype)
         self._hold([LayerRing(self.layout, self._pool) for _ in range(self.num_layers)])
 

@@ -1,7 +1,7 @@
 """Devices: memory, copies, launches and events behind one interface, so that the host code above is the same on all.
 
-`Device` and its companions are what a device offers; they hold nothing that cuda.core could not do as cheaply.
-`EmulatedDevice` runs kernels on the emulator: every call is done when it returns, and launches are checked.
+`Device` and its companions are what a device offers; `gpu.CudaDevice` is a real one. `EmulatedDevice` runs kernels on
+the emulator: every call is done when it returns, and launches are checked.
 """
 
 # ruff: noqa: ARG002  an emulated device does its work at once, whatever the stream
@@ -12,6 +12,7 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -108,8 +109,14 @@ class Device(ABC):
     default_stream: Stream
 
     @abstractmethod
-    def allocate(self, nbytes: int) -> Buffer:
+    def current(self) -> AbstractContextManager[object]:
+        """Within it, the calling thread works on this device: every other method wants that."""
+
+    @abstractmethod
+    def allocate(self, nbytes: int, stream: Stream | None = None) -> Buffer:
         """Reserves memory; its contents are undefined.
+
+        Work on `stream` may use it at once. It is freed in that stream's order, after the work queued until then.
 
         Raises:
             MemoryError: There is not that much.
@@ -120,7 +127,11 @@ class Device(ABC):
         """Another stream."""
 
     @abstractmethod
-    def load(self, ptx: str, entry: str | None = None, max_shared: int = 0) -> Kernel:
+    def foreign_stream(self, handle: int) -> Stream:
+        """A stream of another library, by its CUstream; it must outlive the work that is queued on it."""
+
+    @abstractmethod
+    def load(self, ptx: str, entry: str | None = None, max_shared: int = 0, cubin: bytes = b"") -> Kernel:
         """Loads a kernel.
 
         Args:
@@ -128,11 +139,13 @@ class Device(ABC):
             entry: Which kernel, where the text has several.
             max_shared: The most dynamic shared memory that it will be launched with; above 48 KiB a GPU must be told,
                 once.
+            cubin: The same as machine code for this device, where there is any: a driver that is older than the
+                compiler runs it, but not its PTX.
         """
 
     @abstractmethod
     def copy_in(self, address: int, source: NDArray[Any], stream: Stream | None = None) -> None:
-        """Copies a C-contiguous array to device memory."""
+        """Copies a C-contiguous array to device memory; a page-locked one may change when the stream has done it."""
 
     @abstractmethod
     def copy_out(self, target: NDArray[Any], address: int, stream: Stream | None = None) -> None:
@@ -236,7 +249,11 @@ class EmulatedDevice(Device):
         self.checks = checks or emulator.Checks()
         self.last_report: emulator.Report | None = None
 
-    def allocate(self, nbytes: int) -> Buffer:
+    def current(self) -> AbstractContextManager[object]:
+        """Any thread may work on it, one at a time."""
+        return nullcontext()
+
+    def allocate(self, nbytes: int, stream: Stream | None = None) -> Buffer:
         """Reserves memory, filled with NaN."""
         return _EmulatedBuffer(self.memory, nbytes)
 
@@ -244,7 +261,11 @@ class EmulatedDevice(Device):
         """A stream; all of them do their work at once."""
         return _EmulatedStream()
 
-    def load(self, ptx: str, entry: str | None = None, max_shared: int = 0) -> Kernel:
+    def foreign_stream(self, handle: int) -> Stream:
+        """A stream; there are no others."""
+        return _EmulatedStream()
+
+    def load(self, ptx: str, entry: str | None = None, max_shared: int = 0, cubin: bytes = b"") -> Kernel:
         """Loads a kernel; a text is translated once."""
         return _EmulatedKernel(self, emulator.load(ptx, entry), max_shared)
 

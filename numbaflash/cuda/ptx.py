@@ -60,6 +60,8 @@ __all__ = [
     "round_to_tf32",
     "shared_memory",
     "shuffle_xor",
+    "store_global_b16",
+    "store_global_b32",
     "store_global_f32_if",
     "store_shared_b32",
     "thread_x",
@@ -274,6 +276,16 @@ def move_16_if(condition: B32, shared: B32, global_: B64, shared_offset: Immedia
 @_instruction("{ .reg .pred p; setp.ne.b32 p, $0, 0; @p st.global.f32 [$1], $2; }", touches="memory")
 def store_global_f32_if(condition: B32, address: B64, value: F32) -> None:
     """Store a float where `condition` is not 0; 4-byte aligned."""
+
+
+@_instruction("st.global.b16 [$0], $1;", touches="memory")
+def store_global_b16(address: B64, value: B16) -> None:
+    """Store 16 bits; 2-byte aligned."""
+
+
+@_instruction("st.global.b32 [$0], $1;", touches="memory")
+def store_global_b32(address: B64, value: B32) -> None:
+    """Store 32 bits; 4-byte aligned."""
 
 
 @_instruction("ld.global.f32 $0, [$1];", touches="memory")
