@@ -47,7 +47,7 @@ class Scoring:
         scale: Factor of q.k.
         softcap: s -> softcap * tanh(s / softcap); 0 means none.
         alibi_slopes: (B, Hq) float32, adds -slope * |query position - key position|; None means none.
-        bias: (B, Hq, Sq, Sk) view, NumPy's or a `DeviceArray`, float32, q's dtype or bool (True = may attend).
+        bias: (B, Hq, Sq, Sk) view, NumPy's or a DeviceArray; float32, q's dtype or bool (True = may); None means none.
         sink_logits: (Hq,) float32, a virtual key without a value for each head; None means none.
     """
 
