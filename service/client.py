@@ -156,14 +156,12 @@ class Client:
         if ttl is not None:
             request.ttl.FromNanoseconds(round(ttl * 1e9))
         answer = wire.decode(pb.CreateSessionResponse, self._call("CreateSession", request))
-        session = Session(
-            self,
-            self._calls,
-            answer,
-            shape,
-            stream=stream,
-            max_payload=limits.max_message_bytes - _MAX_HEAD_BYTES,
-        )
+        none = [0] * num_layers
+        state = pb.SessionState(shape=shape, lengths=none, firsts=none, kv_bytes=answer.kv_bytes)
+        return self._adopt(answer.session_id, state, stream, limits.max_message_bytes - _MAX_HEAD_BYTES)
+
+    def _adopt(self, session_id: str, state: pb.SessionState, stream: bool, max_payload: int) -> Session:
+        session = Session(self, self._calls, session_id, state, stream=stream, max_payload=max_payload)
         self._sessions.add(session)
         return session
 
@@ -194,28 +192,31 @@ class Session:
         self,
         client: Client,
         calls: Calls,
-        created: pb.CreateSessionResponse,
-        shape: pb.SessionShape,
+        session_id: str,
+        state: pb.SessionState,
         *,
         stream: bool,
         max_payload: int,
     ) -> None:
-        self.id = created.session_id
+        shape = state.shape
+        self.id = session_id
         self.num_layers = shape.num_layers
         self.num_kv_heads = shape.num_kv_heads
         self.head_dim = shape.head_dim
         self.capacity = shape.capacity
         self.sink_tokens = shape.sink_tokens
         self.dtype = shape.dtype
-        self.max_nbytes = created.kv_bytes
+        self.max_nbytes = state.kv_bytes
         self.kernel_seconds = 0.0
         self._client = client
         self._calls = calls
         self._stream = calls.stream() if stream else None
         self._max_payload = max_payload
-        self._lengths = [0] * shape.num_layers
-        self._firsts = [0] * shape.num_layers
+        self._lengths = list(state.lengths)
+        self._firsts = list(state.firsts)
+        self._epoch = state.epoch
         self._unanswered: dict[int, tuple[str, bytes]] = {}  # by layer: a step's request id and digest
+        self._unanswered_truncation: int | None = None
 
     def __enter__(self) -> Session:
         return self
@@ -340,6 +341,59 @@ class Session:
         """Return the position of the layer's oldest visible token that is no sink; its length while there is none."""
         return self._firsts[self._checked(layer)]
 
+    def truncate(self, length: int, *, timeout: float | None = None) -> None:
+        """Take every layer back to `length` tokens, as `RingKVCache.truncate`.
+
+        Should the call fail without an answer, it is made again before whatever is called next.
+
+        Args:
+            length: Tokens that are left in each layer.
+            timeout: Seconds, all attempts together; None: the client's.
+
+        Raises:
+            ValueError: A layer is shorter, or its window would have holes; nothing has changed.
+            SessionLostError: The session has ended; the error says why.
+            ServiceError: The call failed otherwise. Calling again is safe.
+        """
+        if length < 0:
+            raise ValueError(f"length must be 0 or more, got {length}")
+        if self._unanswered_truncation not in (None, length):
+            self._settle(timeout)
+        request = pb.TruncateRequest(session_id=self.id, length=length, epoch=self._epoch)
+        self._unanswered_truncation = length
+        try:
+            answer = wire.decode(pb.TruncateResponse, self._client._call("Truncate", request, timeout))
+        except (ValueError, SessionLostError):
+            self._unanswered_truncation = None
+            raise
+        self._unanswered_truncation = None
+        self._unanswered.clear()
+        self._epoch = answer.epoch
+        self._lengths = [length] * self.num_layers
+        self._firsts = [answer.first] * self.num_layers
+
+    def fork(self, *, timeout: float | None = None) -> Session:
+        """Return a child that holds the same tokens and goes its own way, as `RingKVCache.fork`.
+
+        The server shares pages between the two until one of them writes; each has its memory reserved in full.
+
+        Args:
+            timeout: Seconds, all attempts together; None: the client's.
+
+        Raises:
+            KVBudgetError: The server has not that much memory left.
+            SessionLostError: The session has ended; the error says why.
+            ServiceError: The call failed otherwise.
+        """
+        self._settle(timeout)
+        answer = wire.decode(pb.ForkResponse, self._client._call("Fork", pb.ForkRequest(session_id=self.id), timeout))
+        return self._client._adopt(answer.session_id, answer.state, self._stream is not None, self._max_payload)
+
+    def _settle(self, timeout: float | None) -> None:
+        """Make a truncation that got no answer again: until it is known, no position is."""
+        if self._unanswered_truncation is not None:
+            self.truncate(self._unanswered_truncation, timeout=timeout)
+
     # -- messages ----------------------------------------------------------------------------------------------------
 
     def _checked(self, layer: int) -> int:
@@ -382,8 +436,11 @@ class Session:
         self, layer: int, arrays: dict[str, NDArray[Any]], options: _Options, timeout: float | None
     ) -> dict[str, NDArray[Any]]:
         """Send one message until it is answered; return the tensors of the answer, views of no alignment."""
+        self._settle(timeout)
         tensors = {**arrays, **options.arrays}
         head = pb.StepRequest(session_id=self.id, layer=layer, position=self._lengths[layer], options=options.message)
+        if self._epoch:
+            head.options.epoch = self._epoch
         head.request_id = self._request_id(layer, head, tensors)
         request = wire.encode_step(head, tensors)
         method = "Decode" if len(next(iter(arrays.values()))) == 1 else "Prefill"

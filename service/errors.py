@@ -75,7 +75,7 @@ class SessionEvictedError(SessionLostError):
 
 
 class PositionMismatchError(ServiceError):
-    """The layer does not hold as many tokens as the client believes.
+    """The layer does not hold as many tokens as the client believes, or the session has been truncated since.
 
     Attributes:
         position: tokens that the server's layer holds.

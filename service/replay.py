@@ -102,6 +102,16 @@ class Answers:
         self._answers[session_id, layer] = answer
         self._nbytes += answer.nbytes
 
+    def of_session(self, session_id: str, num_layers: int) -> dict[int, Answer]:
+        """Return the answers that are kept of a session, by layer."""
+        answers = {layer: self.get(session_id, layer) for layer in range(num_layers)}
+        return {layer: answer for layer, answer in answers.items() if answer}
+
+    def forget_session(self, session_id: str, num_layers: int) -> None:
+        """Drop all answers of a session."""
+        for layer in range(num_layers):
+            self.forget(session_id, layer)
+
     def forget(self, session_id: str, layer: int) -> None:
         """Drop the answer of a layer's last step, where there is one."""
         if old := self._answers.pop((session_id, layer), None):

@@ -33,10 +33,11 @@ from .errors import (
     SessionClosedError,
     SessionUnknownError,
 )
-from .principals import Principals
+from .life import Fill, LifeMethods
+from .principals import Principal, Principals
 from .replay import Answers
 from .replies import encode_answer
-from .sessions import Session, SessionTable
+from .sessions import Session, SessionTable, Shape
 from .v1 import attention_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class AttentionServicer:
             small=MIN_PREFILL_TOKENS,
         )
         self._door = Door(Principals())
+        self._life = LifeMethods(self._table, self._engine, self._answers, self._enter, self._leave)
         self._draining = False
         self._streams: set[AttendStream] = set()
         self._background: set[asyncio.Task[None]] = set()
@@ -80,8 +82,8 @@ class AttentionServicer:
             "CreateSession": self._create_session,
             "Prefill": self._step,
             "Decode": self._step,
-            "Fork": self._unimplemented,
-            "Truncate": self._unimplemented,
+            "Fork": self._life.fork,
+            "Truncate": self._life.truncate,
             "Snapshot": self._unimplemented,
             "Restore": self._unimplemented,
             "CloseSession": self._close_session,
@@ -166,25 +168,32 @@ class AttentionServicer:
         ttl = self._config.default_ttl
         if request.HasField("ttl"):
             ttl = validation.time_to_live(request.ttl, self._config.max_ttl)
+        session = await self._enter(
+            call.principal, shape, ttl, lambda: self._engine.call(partial(shape.new_cache, self._backend))
+        )
+        response = pb.CreateSessionResponse(session_id=session.id, kv_bytes=session.kv_bytes)
+        response.expires_at.FromNanoseconds(int(session.expires_at * 1e9))
+        return response.SerializeToString()
+
+    async def _enter(self, owner: Principal, shape: Shape, ttl: float, fill: Fill) -> Session:
+        """Make a session: its bytes are reserved before `fill` makes its cache."""
         self._refuse_when_draining()
-        session = self._table.create(call.principal, shape, ttl, wire.DTYPES[shape.dtype].itemsize)
-
-        def make_cache() -> None:
-            session.cache = shape.new_cache(self._backend)
-
+        session = self._table.create(owner, shape, ttl, wire.DTYPES[shape.dtype].itemsize)
         try:
-            await self._engine.call(make_cache)
+            session.cache = await fill()
         except BaseException as error:  # the caller may have gone, too
-            self._table.end(session, partial(SessionUnknownError, "the session was not made"))
-            self._free(session)
+            self._leave(session)
             if isinstance(error, MemoryError):
                 raise ExhaustedError("the machine has no memory left", retry_after=1.0) from error
             if isinstance(error, ValueError):
                 raise BadTensorError("shape", str(error)) from error
             raise
-        response = pb.CreateSessionResponse(session_id=session.id, kv_bytes=session.kv_bytes)
-        response.expires_at.FromNanoseconds(int(session.expires_at * 1e9))
-        return response.SerializeToString()
+        return session
+
+    def _leave(self, session: Session) -> None:
+        """End a session that nobody got to know of."""
+        self._table.end(session, partial(SessionUnknownError, "the session was not made"))
+        self._free(session)
 
     async def _step(self, wire_request: bytes, call: Call) -> bytes:
         parts = wire.decode_step(pb.StepRequest, wire_request)
@@ -242,12 +251,14 @@ class AttentionServicer:
         request = parts.head
         session = self._table.get(request.session_id, call.principal)
         validation.step_head(request, session.shape)
+        form = validation.step_form(parts.form, len(parts.payload), session.shape)
+        session.check_epoch(form.epoch, request.layer)
         step = Step(
             session=session,
             layer=request.layer,
             position=request.position,
             request_id=request.request_id,
-            form=validation.step_form(parts.form, len(parts.payload), session.shape),
+            form=form,
             payload=parts.payload,
             deadline=deadline,
             settle=settle,
@@ -277,10 +288,11 @@ class AttentionServicer:
 
         def let_go() -> None:
             session.cache = None
-            for layer in range(session.shape.num_layers):
-                self._answers.forget(session.id, layer)
+            self._answers.forget_session(session.id, session.shape.num_layers)
 
         async def free() -> None:
+            if session.work:
+                await asyncio.wait([session.work])
             await self._engine.call(let_go)
             self._table.release(session)
 

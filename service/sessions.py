@@ -6,18 +6,27 @@ are read here.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from numbaflash import RingKVCache
 from numbaflash.cache.layout import RingLayout
 
-from .errors import BusyError, KVBudgetError, QuotaError, SessionExpiredError, SessionLostError, SessionUnknownError
+from .errors import (
+    BusyError,
+    KVBudgetError,
+    PositionMismatchError,
+    QuotaError,
+    SessionExpiredError,
+    SessionLostError,
+    SessionUnknownError,
+)
 from .principals import Principal
 
 # What a page costs beside its tokens: its place in the page table, two dictionary entries, an ndarray, malloc's own.
@@ -55,11 +64,18 @@ class Shape:
 
     def kv_bytes(self, itemsize: int) -> int:
         """Bytes that the cache can come to, its bookkeeping included; exact however large (Python's integers)."""
-        layout = RingLayout(
+        page = 2 * self.num_kv_heads * self.page_size * self.head_dim * itemsize + _PAGE_OVERHEAD
+        return self.num_layers * self._layout.slots * page + _SESSION_OVERHEAD
+
+    def first_visible(self, length: int) -> int:
+        """Return the oldest visible position of a layer with `length` tokens, sinks apart; `length` while none is."""
+        return min(length, self._layout.first_visible(length - 1))
+
+    @property
+    def _layout(self) -> RingLayout:
+        return RingLayout(
             capacity=self.capacity, sink_tokens=self.sink_tokens, page_size=self.page_size, rollback=self.rollback
         )
-        page = 2 * self.num_kv_heads * self.page_size * self.head_dim * itemsize + _PAGE_OVERHEAD
-        return self.num_layers * layout.slots * page + _SESSION_OVERHEAD
 
     def new_cache(self, backend: str | None) -> RingKVCache:
         """Make the empty cache."""
@@ -93,6 +109,9 @@ class Session:
         lost: Makes the error that every call gets from now on; None while the session lives.
         cache: Keys and values; None before the engine has made it and after it has let go of it.
         steps: Steps taken; counted by the engine.
+        epoch: How many times it was truncated.
+        truncated_to: The length that the last of those took it back to.
+        work: What is under way on its cache beside steps; the cache stays until that is done.
     """
 
     id: str
@@ -107,6 +126,9 @@ class Session:
     lost: Callable[[], SessionLostError] | None = None
     cache: RingKVCache | None = None
     steps: int = 0
+    epoch: int = 0
+    truncated_to: int | None = None
+    work: asyncio.Task[Any] | None = None
 
     @property
     def expires_at(self) -> float:
@@ -117,6 +139,18 @@ class Session:
         """Tokens that each layer holds."""
         cache = self.cache
         return [0] if cache is None else [cache.length(layer) for layer in range(self.shape.num_layers)]
+
+    def check_epoch(self, epoch: int, layer: int = 0) -> None:
+        """See that a call knows of the last truncation.
+
+        Raises:
+            PositionMismatchError: It does not.
+        """
+        if epoch != self.epoch:
+            raise PositionMismatchError(
+                f"epoch is {epoch} and the session, truncated {self.epoch} times, has {self.epoch}",
+                position=self.lengths()[layer],
+            )
 
     def begin_step(self, writer: object) -> None:
         """Count a step in, for a call or a stream.

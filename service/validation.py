@@ -6,6 +6,7 @@ Each function takes a message and returns checked values, or raises `BadTensorEr
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -27,6 +28,7 @@ MAX_REQUEST_ID_BYTES: Final = 64
 _DEFAULT_PAGE_SIZE: Final = 64
 _DEFAULT_ROLLBACK: Final = 64
 _MAX_ROLLBACK: Final = 1 << 16
+_SNAPSHOT_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class StepForm:
         numbers: Options of `RingKVCache.step` that are numbers.
         arrays: Names of those that are arrays.
         alike: Steps of different sessions can be computed together where this is equal.
+        epoch: How many times the client knows the session to have been truncated.
     """
 
     layout: wire.Layout
@@ -48,6 +51,7 @@ class StepForm:
     numbers: Mapping[str, float]
     arrays: tuple[str, ...]
     alike: tuple[object, ...]
+    epoch: int
 
     def arguments(self, payload: memoryview | NDArray[np.uint8]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the tensors, and the options, as views into a step's payload."""
@@ -98,6 +102,15 @@ def time_to_live(message: Duration, longest: float) -> float:
     return seconds
 
 
+def snapshot_name(name: str) -> str:
+    """Check the name of a snapshot: one part of a path, and a visible one."""
+    if not _SNAPSHOT_NAME.fullmatch(name):
+        raise BadTensorError(
+            "name", "takes 1 to 128 letters, digits, '-', '_' and '.', the first one a letter or a digit"
+        )
+    return name
+
+
 def step_head(request: pb.StepRequest, shape: Shape) -> None:
     """Check what a step says of itself beside its form."""
     if request.layer >= shape.num_layers:
@@ -143,6 +156,7 @@ def step_form(form: bytes, payload_bytes: int, shape: Shape) -> StepForm:
         numbers=numbers,
         arrays=arrays,
         alike=(*((name, tensor.shape) for name, tensor in given.items()), first.dtype, shape.dtype, *numbers.items()),
+        epoch=request.options.epoch,
     )
 
 

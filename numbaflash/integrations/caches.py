@@ -61,6 +61,7 @@ class StepCache(Cache, abc.ABC):
     """A ring for each sequence of the batch, made at the first step, when the model's shape is known."""
 
     is_compileable = False
+    is_croppable = True
 
     def __init__(self, capacity: int | None, sink_tokens: int, dtype: str | None, rollback: int) -> None:
         super().__init__(layers=[])
@@ -74,6 +75,10 @@ class StepCache(Cache, abc.ABC):
     @abc.abstractmethod
     def _make(self, shape: _Shape, batch: int) -> list[Any]:
         """Make an empty ring for each sequence."""
+
+    @abc.abstractmethod
+    def _select(self, indices: list[int]) -> list[Any]:
+        """Return the rings at `indices`, in that order, such that each goes its own way from now on."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
@@ -145,6 +150,33 @@ class StepCache(Cache, abc.ABC):
             return self._capacity
         return int(config.get_text_config().max_position_embeddings)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest tokens of every sequence.
+
+        Args:
+            tokens_to_remove: 0, or minus the number of tokens.
+
+        Raises:
+            ValueError: More than `rollback` tokens would leave holes in the window.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}")
+        for ring in self._rings:
+            ring.truncate(ring.length(0) + tokens_to_remove)
+        self._seen = {layer: seen + tokens_to_remove for layer, seen in self._seen.items()}
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let each beam go on from the one that it came from; pages are shared until they differ."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence."""
+        self._rings = self._select([index for index in range(len(self._rings)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences at `indices`, in that order."""
+        self._rings = self._select(indices.tolist())
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the tokens that a layer has seen, padding included: the position of the next one."""
         return self._seen.get(layer_idx, 0)
@@ -190,8 +222,6 @@ class RingCache(StepCache):
         rollback: Newest tokens that `crop` can take back (speculative decoding).
     """
 
-    is_croppable = True
-
     def __init__(self, capacity: int, *, sink_tokens: int = 0, dtype: str | None = None, rollback: int = 64) -> None:
         super().__init__(capacity, sink_tokens, dtype, rollback)
 
@@ -215,32 +245,8 @@ class RingCache(StepCache):
         out: torch.Tensor = attention_batch(self._rings, layer, q, k, v, **options)
         return out
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest tokens of every sequence.
-
-        Args:
-            tokens_to_remove: 0, or minus the number of tokens.
-
-        Raises:
-            ValueError: More than `rollback` tokens would leave holes in the window.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}")
-        for ring in self._rings:
-            ring.truncate(ring.length(0) + tokens_to_remove)
-        self._seen = {layer: seen + tokens_to_remove for layer, seen in self._seen.items()}
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Let each beam go on from the one that it came from; pages are shared until they differ."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence."""
-        self._rings = [ring.fork() for ring in self._rings for _ in range(repeats)]
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the sequences at `indices`, in that order."""
-        self._rings = [self._rings[index].fork() for index in indices.tolist()]
+    def _select(self, indices: list[int]) -> list[Any]:
+        return [self._rings[index].fork() for index in indices]
 
     @property
     def nbytes(self) -> int:
@@ -251,19 +257,26 @@ class RingCache(StepCache):
 class ServiceCache(StepCache):
     """The same, in a numbaflash service: the model's attention and its KV memory live there, a session a sequence.
 
-    Beams cannot be reordered and tokens not be taken back: use greedy search or sampling.
+    Beams are forks: the server shares their pages, and reserves memory for each of them in full.
 
     Args:
         client: `numbaflash_service.Client`.
         capacity: Tokens that stay visible, sink tokens included; None is the model's `max_position_embeddings`.
         sink_tokens: First tokens that stay visible.
         dtype: Storage, "float32", "float16" or "bfloat16"; None is the model's.
+        rollback: Newest tokens that `crop` can take back (speculative decoding).
     """
 
     def __init__(
-        self, client: Any, *, capacity: int | None = None, sink_tokens: int = 0, dtype: str | None = None
+        self,
+        client: Any,
+        *,
+        capacity: int | None = None,
+        sink_tokens: int = 0,
+        dtype: str | None = None,
+        rollback: int = 64,
     ) -> None:
-        super().__init__(capacity, sink_tokens, dtype, rollback=0)
+        super().__init__(capacity, sink_tokens, dtype, rollback)
         self._client = client
 
     def _make(self, shape: _Shape, batch: int) -> list[Any]:
@@ -298,22 +311,13 @@ class ServiceCache(StepCache):
             session.close()
         self._rings = []
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take nothing back.
-
-        Raises:
-            NotImplementedError: Unless `tokens_to_remove` is 0.
-        """
-        if tokens_to_remove:
-            raise NotImplementedError(
-                "a ServiceCache cannot take tokens back: use a RingCache for speculative decoding"
-            )
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Keep the beams as they are.
-
-        Raises:
-            NotImplementedError: Unless that is the order that was asked for.
-        """
-        if beam_idx.tolist() != list(range(len(self._rings))):
-            raise NotImplementedError("a ServiceCache cannot reorder beams: use a RingCache for beam search")
+    def _select(self, indices: list[int]) -> list[Any]:
+        # First what is given up, then what is forked: the server reserves memory for each session in full.
+        left = [session if index in indices else session.close() for index, session in enumerate(self._rings)]
+        self._rings = [session for session in left if session]
+        chosen: list[Any] = []
+        for index in indices:
+            session = left[index]
+            chosen.append(session.fork() if session in chosen else session)
+            self._rings = chosen + [other for other in left if other and other not in chosen]
+        return chosen

@@ -45,12 +45,14 @@ class StepRequest(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., layer: _Optional[int] = ..., position: _Optional[int] = ..., request_id: _Optional[str] = ..., options: _Optional[_Union[StepOptions, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[TensorDesc, _Mapping]]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class StepOptions(_message.Message):
-    __slots__ = ("scale", "softcap")
+    __slots__ = ("scale", "softcap", "epoch")
     SCALE_FIELD_NUMBER: _ClassVar[int]
     SOFTCAP_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     scale: float
     softcap: float
-    def __init__(self, scale: _Optional[float] = ..., softcap: _Optional[float] = ...) -> None: ...
+    epoch: int
+    def __init__(self, scale: _Optional[float] = ..., softcap: _Optional[float] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class StepResponse(_message.Message):
     __slots__ = ("session_id", "layer", "position", "request_id", "first", "replayed", "error", "queue_ns", "kernel_ns", "batch_size", "tensors", "payload")
@@ -153,7 +155,7 @@ class ListSessionsResponse(_message.Message):
     def __init__(self, sessions: _Optional[_Iterable[_Union[SessionInfo, _Mapping]]] = ...) -> None: ...
 
 class SessionInfo(_message.Message):
-    __slots__ = ("session_id", "shape", "min_length", "max_length", "kv_bytes", "created_at", "expires_at", "steps", "busy")
+    __slots__ = ("session_id", "shape", "min_length", "max_length", "kv_bytes", "created_at", "expires_at", "steps", "busy", "spilled")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     MIN_LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -163,6 +165,7 @@ class SessionInfo(_message.Message):
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     BUSY_FIELD_NUMBER: _ClassVar[int]
+    SPILLED_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     shape: SessionShape
     min_length: int
@@ -172,7 +175,8 @@ class SessionInfo(_message.Message):
     expires_at: _timestamp_pb2.Timestamp
     steps: int
     busy: bool
-    def __init__(self, session_id: _Optional[str] = ..., shape: _Optional[_Union[SessionShape, _Mapping]] = ..., min_length: _Optional[int] = ..., max_length: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., steps: _Optional[int] = ..., busy: _Optional[bool] = ...) -> None: ...
+    spilled: bool
+    def __init__(self, session_id: _Optional[str] = ..., shape: _Optional[_Union[SessionShape, _Mapping]] = ..., min_length: _Optional[int] = ..., max_length: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., steps: _Optional[int] = ..., busy: _Optional[bool] = ..., spilled: _Optional[bool] = ...) -> None: ...
 
 class GetInfoRequest(_message.Message):
     __slots__ = ()
@@ -219,7 +223,7 @@ class Limits(_message.Message):
     def __init__(self, max_message_bytes: _Optional[int] = ..., max_sessions: _Optional[int] = ..., max_layers: _Optional[int] = ..., max_heads: _Optional[int] = ..., max_head_dim: _Optional[int] = ..., max_capacity: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., default_ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., min_prefill_tokens: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("kv_memory_bytes", "kv_reserved_bytes", "replay_memory_bytes", "replay_bytes", "sessions", "queued_steps", "queued_bytes")
+    __slots__ = ("kv_memory_bytes", "kv_reserved_bytes", "replay_memory_bytes", "replay_bytes", "sessions", "queued_steps", "queued_bytes", "spill_memory_bytes", "spilled_bytes", "spilled_sessions")
     KV_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     REPLAY_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -227,6 +231,9 @@ class Usage(_message.Message):
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_STEPS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SPILL_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SPILLED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SPILLED_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     kv_memory_bytes: int
     kv_reserved_bytes: int
     replay_memory_bytes: int
@@ -234,7 +241,24 @@ class Usage(_message.Message):
     sessions: int
     queued_steps: int
     queued_bytes: int
-    def __init__(self, kv_memory_bytes: _Optional[int] = ..., kv_reserved_bytes: _Optional[int] = ..., replay_memory_bytes: _Optional[int] = ..., replay_bytes: _Optional[int] = ..., sessions: _Optional[int] = ..., queued_steps: _Optional[int] = ..., queued_bytes: _Optional[int] = ...) -> None: ...
+    spill_memory_bytes: int
+    spilled_bytes: int
+    spilled_sessions: int
+    def __init__(self, kv_memory_bytes: _Optional[int] = ..., kv_reserved_bytes: _Optional[int] = ..., replay_memory_bytes: _Optional[int] = ..., replay_bytes: _Optional[int] = ..., sessions: _Optional[int] = ..., queued_steps: _Optional[int] = ..., queued_bytes: _Optional[int] = ..., spill_memory_bytes: _Optional[int] = ..., spilled_bytes: _Optional[int] = ..., spilled_sessions: _Optional[int] = ...) -> None: ...
+
+class SessionState(_message.Message):
+    __slots__ = ("shape", "lengths", "firsts", "epoch", "kv_bytes")
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    FIRSTS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    shape: SessionShape
+    lengths: _containers.RepeatedScalarFieldContainer[int]
+    firsts: _containers.RepeatedScalarFieldContainer[int]
+    epoch: int
+    kv_bytes: int
+    def __init__(self, shape: _Optional[_Union[SessionShape, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ..., firsts: _Optional[_Iterable[int]] = ..., epoch: _Optional[int] = ..., kv_bytes: _Optional[int] = ...) -> None: ...
 
 class ForkRequest(_message.Message):
     __slots__ = ("session_id",)
@@ -243,26 +267,36 @@ class ForkRequest(_message.Message):
     def __init__(self, session_id: _Optional[str] = ...) -> None: ...
 
 class ForkResponse(_message.Message):
-    __slots__ = ("session_id", "expires_at")
+    __slots__ = ("session_id", "expires_at", "state")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     expires_at: _timestamp_pb2.Timestamp
-    def __init__(self, session_id: _Optional[str] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    state: SessionState
+    def __init__(self, session_id: _Optional[str] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[_Union[SessionState, _Mapping]] = ...) -> None: ...
 
 class TruncateRequest(_message.Message):
-    __slots__ = ("session_id", "length")
+    __slots__ = ("session_id", "length", "epoch")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     length: int
-    def __init__(self, session_id: _Optional[str] = ..., length: _Optional[int] = ...) -> None: ...
+    epoch: int
+    def __init__(self, session_id: _Optional[str] = ..., length: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class TruncateResponse(_message.Message):
-    __slots__ = ("expires_at",)
+    __slots__ = ("expires_at", "epoch", "first", "replayed")
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    REPLAYED_FIELD_NUMBER: _ClassVar[int]
     expires_at: _timestamp_pb2.Timestamp
-    def __init__(self, expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    epoch: int
+    first: int
+    replayed: bool
+    def __init__(self, expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., epoch: _Optional[int] = ..., first: _Optional[int] = ..., replayed: _Optional[bool] = ...) -> None: ...
 
 class SnapshotRequest(_message.Message):
     __slots__ = ("session_id", "name")
@@ -279,17 +313,21 @@ class SnapshotResponse(_message.Message):
     def __init__(self, usable_tokens: _Optional[int] = ...) -> None: ...
 
 class RestoreRequest(_message.Message):
-    __slots__ = ("name",)
+    __slots__ = ("name", "ttl")
     NAME_FIELD_NUMBER: _ClassVar[int]
+    TTL_FIELD_NUMBER: _ClassVar[int]
     name: str
-    def __init__(self, name: _Optional[str] = ...) -> None: ...
+    ttl: _duration_pb2.Duration
+    def __init__(self, name: _Optional[str] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class RestoreResponse(_message.Message):
-    __slots__ = ("session_id", "usable_tokens", "expires_at")
+    __slots__ = ("session_id", "usable_tokens", "expires_at", "state")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     USABLE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     usable_tokens: int
     expires_at: _timestamp_pb2.Timestamp
-    def __init__(self, session_id: _Optional[str] = ..., usable_tokens: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    state: SessionState
+    def __init__(self, session_id: _Optional[str] = ..., usable_tokens: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[_Union[SessionState, _Mapping]] = ...) -> None: ...

@@ -82,14 +82,35 @@ def test_without_a_capacity_the_whole_context_stays_visible(llama: Any, target: 
     assert torch.equal(out, llama.generate(**left_padded(), **options))
 
 
-def test_what_a_service_cannot_do_is_named(llama: Any, target: str) -> None:
+def test_beams_fork_sessions_and_end_those_that_lost(llama: Any, target: str) -> None:
+    options = {"max_new_tokens": 20, "num_beams": 3, "do_sample": False}
+    with Client(target) as client:
+        cache = ServiceCache(client, capacity=64)
+        out = llama.generate(**left_padded(), cache=cache, **options)
+        assert len(client.list_sessions()) == 6
+        cache.close()
+        assert client.list_sessions() == []
+    assert torch.equal(out, llama.generate(**left_padded(), cache=RingCache(64), **options))
+
+
+def test_tokens_taken_back_are_forgotten(llama: Any, target: str) -> None:
+    ids = left_padded()["input_ids"]
+    with Client(target) as client, torch.no_grad():
+        cropped, plain = ServiceCache(client), RingCache(256)
+        llama(ids, cache=cropped)
+        llama(ids[:, :20], cache=plain)
+        cropped.crop(-10)
+        assert cropped.get_seq_length() == 20
+        logits = [llama(ids[:, 25:], cache=cache).logits for cache in (cropped, plain)]
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="tokens_to_remove must be 0 or negative"):
+            cropped.crop(3)
+
+
+def test_another_batch_than_the_caches_is_refused(llama: Any, target: str) -> None:
     with Client(target) as client, torch.no_grad():
         cache = ServiceCache(client)
         llama(**left_padded(), cache=cache)
-        with pytest.raises(NotImplementedError, match="cannot take tokens back"):
-            cache.crop(-1)
-        with pytest.raises(NotImplementedError, match="cannot reorder beams"):
-            cache.reorder_cache(torch.tensor([1, 0]))
         with pytest.raises(ValueError, match="the cache holds 2 sequences, got a batch of 1"):
             llama(left_padded()["input_ids"][:1], cache=cache)
         cache.reset()

@@ -130,7 +130,7 @@ def test_a_closed_session_is_unknown_and_may_be_closed_again(stock: Any, qkv: An
     assert from_call(caught.value).reason == "SESSION_UNKNOWN"
 
 
-@pytest.mark.parametrize("name", ["Fork", "Truncate", "Snapshot", "Restore"])
+@pytest.mark.parametrize("name", ["Snapshot", "Restore"])
 def test_what_is_not_there_yet_is_unimplemented(stock: Any, name: str) -> None:
     method = pb.DESCRIPTOR.services_by_name["Attention"].methods_by_name[name]
     with pytest.raises(grpc.RpcError) as caught:
