@@ -16,13 +16,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .client import TLS as TLS
     from .client import Client as Client
     from .client import RetryPolicy as RetryPolicy
     from .client import Session as Session
     from .errors import ServiceError as ServiceError
 
-_HOMES = {"Client": "client", "RetryPolicy": "client", "Session": "client", "ServiceError": "errors"}
-__all__ = ["Client", "RetryPolicy", "ServiceError", "Session"]
+_HOMES = {"TLS": "client", "Client": "client", "RetryPolicy": "client", "Session": "client", "ServiceError": "errors"}
+__all__ = ["TLS", "Client", "RetryPolicy", "ServiceError", "Session"]
 
 
 def __getattr__(name: str) -> Any:

@@ -36,10 +36,13 @@ class AttendStream:
         submit: Queues a step, as `AttentionServicer.submit`.
         max_in_flight: Steps that may wait for their computation or for their answer to be written; beyond that nothing
             is read, and HTTP/2 holds the client back.
+
+    Attributes:
+        call: The Attend call.
     """
 
     def __init__(self, call: Call, submit: Submit, max_in_flight: int) -> None:
-        self._call = call
+        self.call = call
         self._context = call.context
         self._submit = submit
         self._room = asyncio.Semaphore(max_in_flight)
@@ -96,7 +99,7 @@ class AttendStream:
         try:
             parts = wire.decode_step(pb.StepRequest, received)
             entry.request = parts.head
-            entry.step = self._submit(parts, self._call, partial(self._settle, entry))
+            entry.step = self._submit(parts, self.call, partial(self._settle, entry))
         except ServiceError as error:
             entry.outcome = error
         self._pending.setdefault(entry.request.session_id, deque()).append(entry)

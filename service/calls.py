@@ -12,13 +12,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from functools import partial
+from typing import Any, Final, TypeAlias, TypeVar
 
 import grpc
 
 from .errors import ServiceError, from_call
 
 T = TypeVar("T")
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
 
 _RETRYABLE: Final = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED})
 _WATCHDOG_SECONDS: Final = 0.05
@@ -66,11 +68,18 @@ class RetryPolicy:
 
 
 class Calls:
-    """A channel's unary methods of one service, bytes to bytes."""
+    """A channel's methods of one service, bytes to bytes.
 
-    def __init__(self, channel: grpc.Channel, service: str) -> None:
+    Args:
+        channel: Closed by `close`.
+        service: Its full name.
+        metadata: Goes with every call.
+    """
+
+    def __init__(self, channel: grpc.Channel, service: str, metadata: Metadata) -> None:
         self._channel = channel
         self._service = service
+        self._metadata = metadata
         self._methods: dict[str, Callable[..., bytes]] = {}
 
     def __call__(self, name: str, request: bytes, timeout: float) -> bytes:
@@ -83,13 +92,18 @@ class Calls:
         if method is None:
             method = self._methods[name] = self._channel.unary_unary(f"/{self._service}/{name}")
         try:
-            return method(request, timeout=timeout)
+            return method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             raise from_call(error) from None
 
     def stream(self) -> StepStream:
         """Open an Attend stream."""
-        return StepStream(self._channel.stream_stream(f"/{self._service}/Attend"))
+        attend = self._channel.stream_stream(f"/{self._service}/Attend")
+        return StepStream(partial(attend, metadata=self._metadata))
+
+    def close(self) -> None:
+        """Close the channel, and all calls with it."""
+        self._channel.close()
 
 
 class StepStream:

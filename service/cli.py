@@ -48,6 +48,7 @@ def serve(
     replay_memory: Annotated[str | None, typer.Option(help="Budget for answers kept to be sent again.")] = None,
     max_message_bytes: Annotated[str | None, typer.Option(help="Largest message accepted.")] = None,
     max_sessions: Annotated[int | None, typer.Option(help="Sessions at a time.")] = None,
+    max_calls: Annotated[int | None, typer.Option(help="Calls and streams under way at a time.")] = None,
     max_queued_steps: Annotated[int | None, typer.Option(help="Steps waiting or running at a time.")] = None,
     max_queued_bytes: Annotated[str | None, typer.Option(help="Bytes of those steps.")] = None,
     max_in_flight: Annotated[int | None, typer.Option(help="Steps in flight on one Attend stream.")] = None,
@@ -56,9 +57,18 @@ def serve(
     default_ttl: Annotated[float | None, typer.Option(help="Seconds without a step until a session ends.")] = None,
     max_ttl: Annotated[float | None, typer.Option(help="The most that a client may ask for.")] = None,
     grace: Annotated[float | None, typer.Option(help="Seconds that calls have to finish on SIGTERM.")] = None,
-    reflection: Annotated[
-        bool | None, typer.Option("--reflection/--no-reflection", help="gRPC reflection; by default on loopback only.")
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM file of a certificate: TLS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="PEM file of roots: clients need a certificate of theirs.")
     ] = None,
+    auth_tokens: Annotated[
+        Path | None, typer.Option(help="File of accepted bearer tokens, lines 'NAME sha256:DIGEST'.")
+    ] = None,
+    insecure: Annotated[
+        bool | None, typer.Option("--insecure", help="Serve other machines without TLS or without asking who calls.")
+    ] = None,
+    reflection: Annotated[bool | None, typer.Option("--reflection/--no-reflection", help="gRPC reflection.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     """Serve sessions over gRPC.

@@ -19,16 +19,16 @@ from numbaflash.problem import check_dtype
 
 from . import wire
 from .calls import Calls, RetryPolicy
+from .credentials import TLS, metadata, open_channel
 from .errors import ServiceError, SessionLostError, from_status
 from .info import ServerInfo, SessionInfo
 from .v1 import attention_pb2 as pb
 
-__all__ = ["Client", "RetryPolicy", "Session"]
+__all__ = ["TLS", "Client", "RetryPolicy", "Session"]
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["Attention"].full_name
 # Of a StepRequest without its payload: ids, options and five descriptors come to some 400 bytes.
 _MAX_HEAD_BYTES: Final = 2048
-_MAX_ANSWER_BYTES: Final = 64 << 20
 _CLOSE_SECONDS: Final = 2.0
 
 
@@ -37,8 +37,14 @@ class Client:
 
     Args:
         target: HOST:PORT or unix:PATH.
+        tls: How the connection is encrypted; None: not at all.
+        token: Says who calls, where the server asks for tokens.
         timeout: Seconds for a call, all attempts together, where the call itself is given none.
         retry: When and how often a failed call is made again.
+
+    Raises:
+        ValueError: The token would go to another machine unencrypted.
+        OSError: A file of `tls` cannot be read.
 
     Example:
         with Client("127.0.0.1:50051") as client:
@@ -46,22 +52,19 @@ class Client:
             out = session.prefill(0, q, k, v)
     """
 
-    def __init__(self, target: str, *, timeout: float = 60.0, retry: RetryPolicy | None = None) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        tls: TLS | None = None,
+        token: str | None = None,
+        timeout: float = 60.0,
+        retry: RetryPolicy | None = None,
+    ) -> None:
         self.timeout = timeout
         self.retry = retry or RetryPolicy()
-        self._channel = grpc.insecure_channel(
-            target,
-            options=[
-                ("grpc.max_receive_message_length", _MAX_ANSWER_BYTES),
-                ("grpc.max_send_message_length", -1),  # the server's limit, learned from GetInfo, is kept to
-                ("grpc.enable_retries", 0),  # RetryPolicy does that, and knows what may be sent again
-                # A server that was just started, or started again, is found soon.
-                ("grpc.initial_reconnect_backoff_ms", 50),
-                ("grpc.min_reconnect_backoff_ms", 50),
-                ("grpc.max_reconnect_backoff_ms", 1000),
-            ],
-        )
-        self._calls = Calls(self._channel, _SERVICE)
+        shown = metadata(target, tls, token)
+        self._calls = Calls(open_channel(target, tls), _SERVICE, shown)
         self._sessions: set[Session] = set()
 
     def __enter__(self) -> Client:
@@ -81,7 +84,7 @@ class Client:
         except ServiceError:  # nobody there: do not wait for that again, the server ends sessions by itself
             for session in sessions:
                 session._let_go()
-        self._channel.close()
+        self._calls.close()
 
     def info(self) -> ServerInfo:
         """Ask the server what it is, what it accepts and what it has left.

@@ -6,12 +6,11 @@ Precedence, first wins: flags of the command line, environment variables `NUMBAF
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ByteSize, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import BeforeValidator, ByteSize, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -20,6 +19,8 @@ from pydantic_settings import (
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+
+from .addresses import is_local
 
 # A prefill chunk of 4 MiB of tensors, and its head.
 _DEFAULT_MESSAGE_BYTES = ByteSize((4 << 20) + (64 << 10))
@@ -60,6 +61,7 @@ class ServeConfig(BaseSettings):
         description="Largest message accepted. Clients cut prompts that are larger.",
     )
     max_sessions: PositiveInt = Field(1024, le=1 << 20, description="Sessions at a time.")
+    max_calls: PositiveInt = Field(1024, description="Calls under way at a time, each Attend stream one of them.")
     max_queued_steps: PositiveInt = Field(256, description="Steps waiting or running at a time, of all callers.")
     max_queued_bytes: ByteSize = Field(
         ByteSize(256 << 20), ge=1 << 20, description="Bytes of those steps' requests at a time."
@@ -76,9 +78,20 @@ class ServeConfig(BaseSettings):
     )
     max_ttl: PositiveFloat = Field(86400.0, le=10 * 365 * 86400, description="Longest time to live in seconds.")
     grace: float = Field(10.0, ge=0, description="Seconds that running calls have to finish when the server stops.")
-    reflection: bool | None = Field(
-        None, description="Serve gRPC reflection. Default: only where every address is loopback or a unix socket."
+    tls_cert: Path | None = Field(
+        None, description="PEM file of the server's certificate (and those up to its root): TLS on all TCP addresses."
     )
+    tls_key: Path | None = Field(None, description="PEM file of the certificate's key.")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM file of roots: clients need a certificate of theirs, whose name is the caller's."
+    )
+    auth_tokens: Path | None = Field(
+        None, description="File of the bearer tokens that are accepted, a line 'NAME sha256:DIGEST' for each."
+    )
+    insecure: bool = Field(
+        False, description="Serve other machines without TLS, or without asking who calls, all the same."
+    )
+    reflection: bool = Field(False, description="Serve gRPC reflection.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
     @field_validator("listen")
@@ -95,10 +108,24 @@ class ServeConfig(BaseSettings):
                 raise ValueError("takes a path after unix:")
         return listen
 
+    @model_validator(mode="after")
+    def _locked(self) -> ServeConfig:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ValueError("tls_client_ca takes tls_cert and tls_key")
+        asks = self.auth_tokens or self.tls_client_ca
+        if not (self.local_only or self.insecure or (self.tls_cert and asks)):
+            raise ValueError(
+                "listen: other machines could connect; takes tls_cert and tls_key, with auth_tokens or tls_client_ca,"
+                " or the word that nobody has to be kept out: insecure"
+            )
+        return self
+
     @property
     def local_only(self) -> bool:
         """Whether only processes of this machine can connect."""
-        return all(map(_is_local, self.listen))
+        return all(map(is_local, self.listen))
 
     @classmethod
     def settings_customise_sources(
@@ -132,16 +159,6 @@ def load(config: str | os.PathLike[str] | None = None, **flags: Any) -> ServeCon
     if config is not None:
         given["config"] = config
     return ServeConfig(**given)
-
-
-def _is_local(address: str) -> bool:
-    if address.startswith("unix:"):
-        return True
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _readable(path: str | os.PathLike[str]) -> Path:

@@ -1,20 +1,25 @@
-"""What every call passes on its way in and out: who makes it, and how its errors leave."""
+"""What every call passes on its way in and out: who makes it, whether there is room for it, how its errors leave."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import grpc
 
-from .errors import STATUS_TRAILER, ServiceError, to_status
-from .principals import ANONYMOUS, Principal, Principals
+from .auth import Authenticator
+from .errors import STATUS_TRAILER, ServiceError, UnauthenticatedError, to_status
+from .limits import Limit
+from .principals import Principal, Principals
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# Calls are short, streams are long: what a caller should wait for a place among them is anybody's guess.
+_RETRY_SECONDS: Final = 0.25
 
 
 @dataclass(eq=False, slots=True)
@@ -34,18 +39,40 @@ class Door:
     """The way into the service's methods.
 
     Args:
-        principals: The callers that are known.
+        authenticator: Says who makes a call.
+        max_calls: Calls at a time, streams included.
     """
 
-    def __init__(self, principals: Principals) -> None:
-        self._principals = principals
+    def __init__(self, authenticator: Authenticator, max_calls: int) -> None:
+        self.calls = Limit(max_calls, "calls under way", shared=authenticator.asks)
+        self._authenticator = authenticator
+        self._principals = Principals()
+
+    def refresh(self) -> None:
+        """Take note of tokens that have been added and taken away."""
+        self._authenticator.refresh()
+
+    def readmit(self, call: Call) -> None:
+        """Ask again who makes a call that lasts.
+
+        Raises:
+            UnauthenticatedError: It would not be let in any more.
+        """
+        if self._authenticator.name(call.context) != call.principal.name:
+            raise UnauthenticatedError("the token belongs to another caller now")
 
     def guard(self, method: Callable[[Any, Call], Awaitable[T]]) -> Callable[[Any, Any], Awaitable[T]]:
         """Make a handler of a method: its errors leave as `google.rpc.Status`, and nothing else leaves at all."""
 
         async def handle(request: Any, context: Any) -> T:
             try:
-                return await method(request, Call(context, self._principals.get(ANONYMOUS)))
+                principal = self._principals.get(self._authenticator.name(context))
+                self.calls.check(principal, 1, _RETRY_SECONDS)
+                self.calls.take(principal, 1)
+                try:
+                    return await method(request, Call(context, principal))
+                finally:
+                    self.calls.give_back(principal, 1)
             except ServiceError as error:
                 status = to_status(error)
                 trailer = ((STATUS_TRAILER, status.SerializeToString()),)

@@ -127,6 +127,12 @@ class DrainingError(ServiceError):
     reason = "DRAINING"
 
 
+class UnauthenticatedError(ServiceError):
+    """The server asks who calls, and was not told, or not to its satisfaction."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
 class BadTensorError(ServiceError, ValueError):
     """A field of the request, tensors and their bytes included, is not acceptable.
 
@@ -184,6 +190,8 @@ def from_status(status: status_pb2.Status) -> ServiceError:
         violation = request.field_violations[0]
         return BadTensorError(violation.field, violation.description, retry_after=retry_after)
     code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        return UnauthenticatedError(status.message)
     if cls is None or cls in (PositionMismatchError, BadTensorError):
         return ServiceError(status.message, code=code, retry_after=retry_after)
     return cls(status.message, retry_after=retry_after)
@@ -210,4 +218,4 @@ def from_call(error: FailedCall) -> ServiceError:
                 return from_status(status_pb2.Status.FromString(value))
             except DecodeError:
                 break
-    return ServiceError(error.details() or error.code().name, code=error.code())
+    return from_status(status_pb2.Status(code=error.code().value[0], message=error.details() or error.code().name))

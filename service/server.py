@@ -14,8 +14,10 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from .auth import Authenticator, TokenFile
 from .config import ServeConfig
 from .servicer import SERVICE, AttentionServicer
+from .tls import ServerCertificate
 
 log = logging.getLogger(__name__)
 
@@ -39,23 +41,33 @@ class Server:
         """Listen, get ready, and say SERVING; calls that come before wait.
 
         Raises:
-            OSError: An address cannot be listened on.
-            ValueError: There is no such backend here.
+            OSError: An address cannot be listened on, or a file cannot be read.
+            ValueError: There is no such backend here, or a file holds nothing like a certificate or tokens.
         """
         config = self._config
-        self._servicer = AttentionServicer(config)
+        self._credentials = None
+        if config.tls_cert and config.tls_key:
+            certificate = ServerCertificate(config.tls_cert, config.tls_key, config.tls_client_ca)
+            self._credentials = certificate.credentials()
+        tokens = TokenFile(config.auth_tokens) if config.auth_tokens else None
+        self._servicer = AttentionServicer(config, Authenticator(tokens, certificates=config.tls_client_ca is not None))
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
+                # Calls beyond max_calls are refused with the time to come again; who does not heed that is held back.
+                ("grpc.max_concurrent_streams", 2 * config.max_calls),
+                # Who vanished without a word is noticed, and his streams end.
+                ("grpc.keepalive_time_ms", 60_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
                 # Without this, a second server on the same port would start, and take half of the first one's calls.
                 ("grpc.so_reuseport", 0),
             ]
         )
         self._server.add_generic_rpc_handlers((self._servicer.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        if config.local_only if config.reflection is None else config.reflection:
+        if config.reflection:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -89,7 +101,10 @@ class Server:
 
     def _listen(self, address: str) -> str:
         try:
-            port = self._server.add_insecure_port(address)
+            if self._credentials is None or address.startswith("unix:"):
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}") from None
         return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
@@ -107,8 +122,8 @@ def serve(config: ServeConfig) -> None:
     logging.basicConfig(
         level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    if not config.local_only:
-        log.warning("other machines can connect, and there is no authentication: whoever reaches a port is served")
+    if config.insecure and not config.local_only:
+        log.warning("insecure: other machines can connect")
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_serve(config))
 

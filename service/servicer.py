@@ -22,6 +22,7 @@ from numbaflash.cpu import SPLIT_KV_MAX_TOKENS
 
 from . import validation, wire
 from .attend import AttendStream
+from .auth import Authenticator
 from .config import ServeConfig
 from .door import Call, Door
 from .engine import Done, Engine, Outcome, Step, resolve
@@ -32,9 +33,10 @@ from .errors import (
     ServiceError,
     SessionClosedError,
     SessionUnknownError,
+    UnauthenticatedError,
 )
 from .life import Fill, LifeMethods
-from .principals import Principal, Principals
+from .principals import Principal
 from .replay import Answers
 from .replies import encode_answer
 from .sessions import Session, SessionTable, Shape
@@ -54,9 +56,10 @@ class AttentionServicer:
 
     Args:
         config: Limits and budgets.
+        authenticator: Says who makes a call.
     """
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, authenticator: Authenticator) -> None:
         self._config = config
         self._backend = choose_backend(config.backend, CACHE_BACKENDS)
         self._table = SessionTable(config.kv_memory, config.max_sessions)
@@ -69,7 +72,7 @@ class AttentionServicer:
             batch_wait=config.batch_wait,
             small=MIN_PREFILL_TOKENS,
         )
-        self._door = Door(Principals())
+        self._door = Door(authenticator, config.max_calls)
         self._life = LifeMethods(self._table, self._engine, self._answers, self._enter, self._leave)
         self._draining = False
         self._streams: set[AttendStream] = set()
@@ -106,9 +109,15 @@ class AttentionServicer:
         await self._engine.call(step)
 
     async def keep_house(self) -> None:
-        """End the sessions whose time is over, until cancelled."""
+        """End the sessions whose time is over, and the streams of callers that are let in no more, until cancelled."""
         while True:
             await asyncio.sleep(1.0)
+            self._door.refresh()
+            for stream in self._streams:
+                try:
+                    self._door.readmit(stream.call)
+                except UnauthenticatedError:
+                    stream.stop_reading()
             for session in self._table.end_idle():
                 log.info("session of %d bytes expired", session.kv_bytes)
                 self._free(session)
@@ -274,6 +283,7 @@ class AttentionServicer:
                 stream.stop_reading()
             await stream.run()
             self._refuse_when_draining()
+            self._door.readmit(call)
         finally:
             self._streams.discard(stream)
 

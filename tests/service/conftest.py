@@ -100,17 +100,33 @@ class RunningServer:
 class StockClient:
     """Plain protobuf over a plain channel, nothing of the project's own client or codec: an attribute for each RPC."""
 
-    def __init__(self, target: str) -> None:
-        self.channel = grpc.insecure_channel(target)
+    def __init__(
+        self, target: str, *, credentials: grpc.ChannelCredentials | None = None, token: str | None = None
+    ) -> None:
+        self.channel = grpc.secure_channel(target, credentials) if credentials else grpc.insecure_channel(target)
         for name, method in pb.DESCRIPTOR.services_by_name["Attention"].methods_by_name.items():
             make = self.channel.stream_stream if method.client_streaming else self.channel.unary_unary
             response = getattr(pb, method.output_type.name)
             call = make(f"/{SERVICE}/{name}", request_serializer=_serialize, response_deserializer=response.FromString)
-            setattr(self, name, call)
+            setattr(self, name, _Identified(call, token) if token else call)
 
     def new_session(self, **shape: Any) -> str:
         shape = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "capacity": 64, "dtype": "float32", **shape}
         return self.CreateSession(pb.CreateSessionRequest(shape=pb.SessionShape(**shape))).session_id
+
+
+class _Identified:
+    """A method that is called with a token."""
+
+    def __init__(self, method: Any, token: str) -> None:
+        self._method = method
+        self._metadata = (("authorization", f"Bearer {token}"),)
+
+    def __call__(self, request: Any, **options: Any) -> Any:
+        return self._method(request, metadata=self._metadata, **options)
+
+    def future(self, request: Any, **options: Any) -> Any:
+        return self._method.future(request, metadata=self._metadata, **options)
 
 
 def _serialize(message: Message) -> bytes:
@@ -146,11 +162,11 @@ def stock(server: RunningServer) -> Iterator[StockClient]:
 
 
 @pytest.fixture
-def connect_stock() -> Iterator[Callable[[RunningServer], StockClient]]:
+def connect_stock() -> Iterator[Callable[..., StockClient]]:
     clients: list[StockClient] = []
 
-    def connect(server: RunningServer) -> StockClient:
-        clients.append(StockClient(server.target))
+    def connect(server: RunningServer, **identity: Any) -> StockClient:
+        clients.append(StockClient(server.target, **identity))
         return clients[-1]
 
     yield connect

@@ -62,6 +62,36 @@ def test_a_file_that_is_not_there_or_has_unknown_fields_is_refused(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("doors", "opens"),
+    [
+        ({}, False),
+        ({"tls_cert": "c", "tls_key": "k"}, False),
+        ({"auth_tokens": "t"}, False),
+        ({"tls_cert": "c", "tls_key": "k", "auth_tokens": "t"}, True),
+        ({"tls_cert": "c", "tls_key": "k", "tls_client_ca": "a"}, True),
+        ({"insecure": True}, True),
+    ],
+)
+@pytest.mark.parametrize("listen", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "host.example.org:1"])
+def test_other_machines_are_kept_out_unless_they_are_known_or_it_is_said_that_nobody_is(
+    listen: str, doors: dict[str, Any], opens: bool
+) -> None:
+    listens = ["127.0.0.1:1", listen]
+    if opens:
+        assert load(listen=listens, **doors).local_only is False
+    else:
+        with pytest.raises(ValueError, match=r"other machines could connect; takes tls_cert .* insecure"):
+            load(listen=listens, **doors)
+    assert load(listen=["127.0.0.1:1", "unix:/a"], **doors).local_only
+
+
+@pytest.mark.parametrize("doors", [{"tls_cert": "c"}, {"tls_key": "k"}, {"tls_client_ca": "a"}])
+def test_half_of_tls_is_refused(doors: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="tls_cert and tls_key"):
+        load(**doors)
+
+
+@pytest.mark.parametrize(
     ("listen", "local"),
     [
         (["127.0.0.1:1", "[::1]:2", "localhost:3", "unix:/a"], True),
@@ -71,4 +101,4 @@ def test_a_file_that_is_not_there_or_has_unknown_fields_is_refused(tmp_path: Pat
     ],
 )
 def test_what_counts_as_this_machine_alone(listen: list[str], local: bool) -> None:
-    assert load(listen=listen).local_only is local
+    assert load(listen=listen, insecure=True).local_only is local

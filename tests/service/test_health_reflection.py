@@ -53,7 +53,8 @@ def test_health_is_answered_while_the_engine_is_busy(server: Any, stock: Any) ->
         assert health.Check(health_pb2.HealthCheckRequest(), timeout=5).status == SERVING
 
 
-def test_reflection_tells_the_whole_service(stock: Any) -> None:
+def test_reflection_tells_the_whole_service_when_it_is_asked_for(start_server: Any, connect_stock: Any) -> None:
+    stock = connect_stock(start_server(reflection=True))
     pool = DescriptorPool(ProtoReflectionDescriptorDatabase(stock.channel))
     service = pool.FindServiceByName("numbaflash.v1.Attention")
     assert [method.name for method in service.methods] == [
@@ -63,11 +64,19 @@ def test_reflection_tells_the_whole_service(stock: Any) -> None:
     assert [field.name for field in fields] == [field.name for field in pb.StepRequest.DESCRIPTOR.fields]
 
 
-def test_reflection_can_be_switched_off(start_server: Any, connect_stock: Any) -> None:
-    stock = connect_stock(start_server(reflection=False))
-    pool = DescriptorPool(ProtoReflectionDescriptorDatabase(stock.channel))
-    with pytest.raises((KeyError, grpc.RpcError)):
-        pool.FindServiceByName("numbaflash.v1.Attention")
+@pytest.mark.parametrize(
+    "method",
+    [
+        "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        "grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        "grpc.channelz.v1.Channelz/GetServers",
+        "envoy.service.status.v3.ClientStatusDiscoveryService/FetchClientStatus",
+    ],
+)
+def test_what_tells_about_the_server_is_off_unless_asked_for(stock: Any, method: str) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stock.channel.stream_stream(f"/{method}")(iter([b""])))
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_a_unix_socket_serves_too(start_server: Any, connect_stock: Any, tmp_path: Any) -> None:
