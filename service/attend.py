@@ -34,6 +34,7 @@ class AttendStream:
     Args:
         call: The Attend call.
         submit: Queues a step, as `AttentionServicer.submit`.
+        count: Gets every error that a step is answered with.
         max_in_flight: Steps that may wait for their computation or for their answer to be written; beyond that nothing
             is read, and HTTP/2 holds the client back.
 
@@ -41,10 +42,11 @@ class AttendStream:
         call: The Attend call.
     """
 
-    def __init__(self, call: Call, submit: Submit, max_in_flight: int) -> None:
+    def __init__(self, call: Call, submit: Submit, count: Callable[[ServiceError], None], max_in_flight: int) -> None:
         self.call = call
         self._context = call.context
         self._submit = submit
+        self._count = count
         self._room = asyncio.Semaphore(max_in_flight)
         self._pending: dict[str, deque[_InFlight]] = {}  # by session, in the order of arrival
         self._ready: asyncio.Queue[_InFlight | None] = asyncio.Queue()
@@ -90,6 +92,7 @@ class AttendStream:
                 answer = encode_answer(entry.request, entry.outcome)
             else:
                 assert entry.outcome is not None
+                self._count(entry.outcome)
                 answer = encode_error(entry.request, entry.outcome)
             await self._context.write(answer)
             self._room.release()

@@ -69,6 +69,10 @@ def serve(
         bool | None, typer.Option("--insecure", help="Serve other machines without TLS or without asking who calls.")
     ] = None,
     reflection: Annotated[bool | None, typer.Option("--reflection/--no-reflection", help="gRPC reflection.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="HTTP port of metrics and the status page (0: any free one); by default none.")
+    ] = None,
+    metrics_host: Annotated[str | None, typer.Option(help="Address of that port; 127.0.0.1 by default.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     """Serve sessions over gRPC.

@@ -92,6 +92,10 @@ class ServeConfig(BaseSettings):
         False, description="Serve other machines without TLS, or without asking who calls, all the same."
     )
     reflection: bool = Field(False, description="Serve gRPC reflection.")
+    metrics_port: int | None = Field(
+        None, ge=0, lt=1 << 16, description="HTTP port of metrics and the status page; 0: any free one. Default: none."
+    )
+    metrics_host: str = Field("127.0.0.1", description="Address that port is on.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
     @field_validator("listen")

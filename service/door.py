@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import grpc
 
 from .auth import Authenticator
 from .errors import STATUS_TRAILER, ServiceError, UnauthenticatedError, to_status
 from .limits import Limit
+from .metrics import Metrics
 from .principals import Principal, Principals
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # Calls are short, streams are long: what a caller should wait for a place among them is anybody's guess.
 _RETRY_SECONDS: Final = 0.25
@@ -41,12 +40,14 @@ class Door:
     Args:
         authenticator: Says who makes a call.
         max_calls: Calls at a time, streams included.
+        metrics: Where calls that fail are counted.
     """
 
-    def __init__(self, authenticator: Authenticator, max_calls: int) -> None:
+    def __init__(self, authenticator: Authenticator, max_calls: int, metrics: Metrics) -> None:
         self.calls = Limit(max_calls, "calls under way", shared=authenticator.asks)
         self._authenticator = authenticator
         self._principals = Principals()
+        self._metrics = metrics
 
     def refresh(self) -> None:
         """Take note of tokens that have been added and taken away."""
@@ -61,10 +62,10 @@ class Door:
         if self._authenticator.name(call.context) != call.principal.name:
             raise UnauthenticatedError("the token belongs to another caller now")
 
-    def guard(self, method: Callable[[Any, Call], Awaitable[T]]) -> Callable[[Any, Any], Awaitable[T]]:
+    def guard(self, method: Callable[[Any, Call], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
         """Make a handler of a method: its errors leave as `google.rpc.Status`, and nothing else leaves at all."""
 
-        async def handle(request: Any, context: Any) -> T:
+        async def handle(request: Any, context: Any) -> Any:
             try:
                 principal = self._principals.get(self._authenticator.name(context))
                 self.calls.check(principal, 1, _RETRY_SECONDS)
@@ -74,13 +75,14 @@ class Door:
                 finally:
                     self.calls.give_back(principal, 1)
             except ServiceError as error:
-                status = to_status(error)
-                trailer = ((STATUS_TRAILER, status.SerializeToString()),)
-                return await context.abort(error.code, error.message, trailer)  # type: ignore[no-any-return]
-            except grpc.aio.AbortError:
-                raise
+                return await self._abort(error, context)
             except Exception:
                 log.exception("a call failed")
-                return await context.abort(grpc.StatusCode.INTERNAL, "the call failed")  # type: ignore[no-any-return]
+                return await self._abort(ServiceError("the call failed", code=grpc.StatusCode.INTERNAL), context)
 
         return handle
+
+    async def _abort(self, error: ServiceError, context: Any) -> Any:
+        self._metrics.count_error(error)
+        trailer = ((STATUS_TRAILER, to_status(error).SerializeToString()),)
+        return await context.abort(error.code, error.message, trailer)

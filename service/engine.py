@@ -24,6 +24,7 @@ import numbaflash
 from numbaflash import RingKVCache
 
 from .errors import BadTensorError, ExhaustedError, PositionMismatchError, QueueFullError, ServiceError
+from .metrics import Metrics
 from .replay import Answer, Answers
 from .sessions import Session
 from .validation import StepForm
@@ -92,10 +93,19 @@ class Engine:
         max_batch: Steps computed together at most.
         batch_wait: Seconds that a small step waits for others like it.
         small: Steps of fewer tokens than this are computed together.
+        metrics: Where they are counted.
     """
 
     def __init__(
-        self, answers: Answers, *, max_steps: int, max_bytes: int, max_batch: int, batch_wait: float, small: int
+        self,
+        answers: Answers,
+        *,
+        max_steps: int,
+        max_bytes: int,
+        max_batch: int,
+        batch_wait: float,
+        small: int,
+        metrics: Metrics,
     ) -> None:
         self._answers = answers
         self._max_steps = max_steps
@@ -103,6 +113,7 @@ class Engine:
         self._max_batch = max_batch
         self._batch_wait = batch_wait
         self._small = small
+        self._metrics = metrics
         self.steps = 0  # waiting or running
         self.nbytes = 0
         self._inbox: queue.SimpleQueue[Step | Callable[[], None] | None] = queue.SimpleQueue()
@@ -223,6 +234,7 @@ class Engine:
                 if earlier is None:
                     ready.append(step)
                 else:
+                    self._metrics.replayed += 1
                     outcomes.append((step, Done(earlier, replayed=True)))
         if len(ready) > 1:
             try:
@@ -284,6 +296,7 @@ class Engine:
             started = time.perf_counter_ns()
             outs = [method(step.layer, **tensors, **options)]
         kernel_ns = time.perf_counter_ns() - started
+        self._metrics.launched(steps[0].form.tokens, [started - step.arrived_ns for step in steps], kernel_ns)
         return [
             (step, Done(self._keep(step, out), False, started - step.arrived_ns, kernel_ns, len(steps)))
             for step, out in zip(steps, outs, strict=True)

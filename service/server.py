@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from .auth import Authenticator, TokenFile
 from .config import ServeConfig
 from .servicer import SERVICE, AttentionServicer
+from .status_page import StatusPage
 from .tls import ServerCertificate
 
 log = logging.getLogger(__name__)
@@ -31,11 +32,13 @@ class Server:
     Attributes:
         addresses: What to give to a client, once started: the addresses of the configuration, with the ports that were
             chosen in the place of port 0.
+        status_page: Metrics and the page; None where the configuration has no port for them.
     """
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
         self.addresses: tuple[str, ...] = ()
+        self.status_page: StatusPage | None = None
 
     async def start(self) -> None:
         """Listen, get ready, and say SERVING; calls that come before wait.
@@ -73,19 +76,28 @@ class Server:
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
             self.addresses = tuple(self._listen(address) for address in config.listen)
+            if config.metrics_port is not None:
+                self.status_page = StatusPage(self._servicer, config.metrics_host, config.metrics_port)
+                self.status_page.start()
             await self._server.start()
             log.info("listening; compiling the kernels, where this is their first start here")
             await self._servicer.warm_up()
         except BaseException:
             await self._server.stop(grace=None)
             await self._servicer.stop()
+            if self.status_page:
+                await self.status_page.stop()
             raise
         self._housekeeping = asyncio.create_task(self._servicer.keep_house())
         await self._say(health_pb2.HealthCheckResponse.SERVING)
+        if self.status_page:
+            self.status_page.state = "serving"
 
     async def stop(self) -> None:
         """Say NOT_SERVING, refuse what is new, let what runs finish within the configured grace, and stop."""
         until = time.monotonic() + self._config.grace
+        if self.status_page:
+            self.status_page.state = "stopping"
         await self._health.enter_graceful_shutdown()
         self._servicer.drain()
         while self._servicer.busy and time.monotonic() < until:
@@ -94,6 +106,8 @@ class Server:
         await self._server.stop(grace=min(1.0, max(0.0, until - time.monotonic())))
         self._housekeeping.cancel()
         await self._servicer.stop()
+        if self.status_page:
+            await self.status_page.stop()
 
     async def _say(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in ("", SERVICE):
@@ -144,6 +158,8 @@ async def _serve(config: ServeConfig) -> None:
     gc.collect()
     gc.freeze()
     print(f"numbaflash serves on {', '.join(server.addresses)}", flush=True)
+    if server.status_page:
+        print(f"status page at {server.status_page.url}, metrics at {server.status_page.url}metrics", flush=True)
     await stopping.wait()
     log.info("stopping")
     await server.stop()

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import platform
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict
 from functools import cache, partial
 from importlib.metadata import version
@@ -36,6 +36,7 @@ from .errors import (
     UnauthenticatedError,
 )
 from .life import Fill, LifeMethods
+from .metrics import Gauges, Metrics
 from .principals import Principal
 from .replay import Answers
 from .replies import encode_answer
@@ -62,6 +63,7 @@ class AttentionServicer:
     def __init__(self, config: ServeConfig, authenticator: Authenticator) -> None:
         self._config = config
         self._backend = choose_backend(config.backend, CACHE_BACKENDS)
+        self.metrics = Metrics(small=MIN_PREFILL_TOKENS)
         self._table = SessionTable(config.kv_memory, config.max_sessions)
         self._answers = Answers(config.replay_memory)
         self._engine = Engine(
@@ -71,8 +73,9 @@ class AttentionServicer:
             max_batch=config.max_batch,
             batch_wait=config.batch_wait,
             small=MIN_PREFILL_TOKENS,
+            metrics=self.metrics,
         )
-        self._door = Door(authenticator, config.max_calls)
+        self._door = Door(authenticator, config.max_calls, self.metrics)
         self._life = LifeMethods(self._table, self._engine, self._answers, self._enter, self._leave)
         self._draining = False
         self._streams: set[AttendStream] = set()
@@ -133,6 +136,34 @@ class AttentionServicer:
         """Whether steps or streams are in flight."""
         return self._engine.steps > 0 or bool(self._streams)
 
+    def identity(self) -> dict[str, str]:
+        """Say what serves."""
+        return {"version": version("numbaflash"), "backend": self._backend, "device": _processor_name()}
+
+    def sessions(self) -> Iterator[Session]:
+        """Return the sessions that live, of all callers."""
+        return iter(self._table)
+
+    def gauges(self) -> Gauges:
+        """Say what is held at this moment."""
+        table, engine = self._table, self._engine
+        caches = [session.cache for session in table if session.cache]
+        # Forks share the pages of one pool.
+        pools = {id(cache.pool): cache.pool for cache in caches}.values()
+        return Gauges(
+            draining=self._draining,
+            sessions=len(table),
+            kv_memory_bytes=table.kv_memory,
+            kv_reserved_bytes=table.kv_reserved,
+            kv_used_bytes=sum(pool.nbytes for pool in pools),
+            kv_pages=sum(pool.nbytes // pool.page_nbytes for pool in pools),
+            replay_memory_bytes=self._config.replay_memory,
+            replay_bytes=self._answers.nbytes,
+            queued_steps=engine.steps,
+            queued_bytes=engine.nbytes,
+            streams=len(self._streams),
+        )
+
     async def stop(self) -> None:
         """Compute what waits, and end the engine."""
         await self._engine.stop()
@@ -143,9 +174,7 @@ class AttentionServicer:
         wire.decode(pb.GetInfoRequest, request)
         config = self._config
         info = pb.GetInfoResponse(
-            version=version("numbaflash"),
-            backend=self._backend,
-            device=_processor_name(),
+            **self.identity(),
             dtypes=list(wire.DTYPES),
             limits=pb.Limits(
                 max_message_bytes=config.max_message_bytes,
@@ -197,6 +226,7 @@ class AttentionServicer:
             if isinstance(error, ValueError):
                 raise BadTensorError("shape", str(error)) from error
             raise
+        self.metrics.created += 1
         return session
 
     def _leave(self, session: Session) -> None:
@@ -276,7 +306,7 @@ class AttentionServicer:
         return step
 
     async def _attend(self, _: Any, call: Call) -> None:
-        stream = AttendStream(call, self.submit, self._config.max_in_flight)
+        stream = AttendStream(call, self.submit, self.metrics.count_error, self._config.max_in_flight)
         self._streams.add(stream)
         try:
             if self._draining:
@@ -299,6 +329,9 @@ class AttentionServicer:
         def let_go() -> None:
             session.cache = None
             self._answers.forget_session(session.id, session.shape.num_layers)
+
+        assert session.lost is not None
+        self.metrics.count_end(session.lost())
 
         async def free() -> None:
             if session.work:

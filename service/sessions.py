@@ -135,6 +135,11 @@ class Session:
         """When the session ends if no step comes, in seconds since the epoch."""
         return time.time() + self.expires - time.monotonic()
 
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds since the last step, or since it was made."""
+        return 0.0 if self.in_flight else time.monotonic() - (self.expires - self.ttl)
+
     def lengths(self) -> list[int]:
         """Tokens that each layer holds."""
         cache = self.cache

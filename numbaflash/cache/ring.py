@@ -241,6 +241,11 @@ class RingKVCache:
         return sum(ring.nbytes for ring in self._layers)
 
     @property
+    def pool(self) -> PagePool:
+        """The pages that this cache and its forks take theirs from."""
+        return self._pool
+
+    @property
     def max_nbytes(self) -> int:
         """Bytes of the pages once every ring is full."""
         return self.num_layers * self.layout.slots * self._pool.page_nbytes
