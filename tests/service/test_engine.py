@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -121,3 +122,25 @@ def test_a_configured_wait_collects_steps_that_come_apart(
         calls.append(stock.Decode.future(request))
         server.wait_until(lambda i=i: len(server.submitted) > i)
     assert [call.result(timeout=20).batch_size for call in calls] == [3] * 3
+
+
+def test_a_session_alone_has_its_short_steps_taken_without_the_thread(
+    server: Any, stock: Any, qkv: Callable[..., Any], step_request: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+    step = numbaflash.RingKVCache.step
+
+    def recorded(self: numbaflash.RingKVCache, *arguments: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread())
+        return step(self, *arguments, **options)
+
+    ids = [stock.new_session() for _ in range(2)]
+    caches = [numbaflash.RingKVCache(2, 2, 16, capacity=64, dtype="float32") for _ in ids]
+    monkeypatch.setattr(numbaflash.RingKVCache, "step", recorded)
+    calls = [(0, 20), (0, 1), (0, 2), (1, 1), (1, 1), (0, 1), (0, 40)]
+    for session, tokens in calls:
+        array, cache = qkv(tokens, seed=len(threads)), caches[session]
+        answer = stock.Decode(step_request(ids[session], array, position=cache.length(0)))
+        np.testing.assert_array_equal(out(answer), step(cache, 0, **array))
+    by_thread = [thread is server.engine._thread for thread in threads]
+    assert by_thread == [True, False, False, True, False, True, True]  # prefills, and steps behind another session's
