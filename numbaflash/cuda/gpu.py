@@ -24,7 +24,7 @@ _SHARED_BY_DEFAULT = 48 << 10
 
 
 @functools.cache
-def cuda_device(ordinal: int = 0) -> CudaDevice:
+def cuda_device(ordinal: int) -> CudaDevice:
     """Return the device of that number; the same one each time.
 
     Raises:
@@ -57,7 +57,13 @@ class CudaDevice(Device):
         self.name = gpu.name
         self.compute_capability = gpu.compute_capability
         self.ordinal = gpu.ordinal
+        checked(bindings().cuInit(0))
+        before = checked(bindings().cuCtxGetCurrent())
         self._core = core.Device(gpu.ordinal)
+        self._core.set_current()
+        self._context = self._core.context.handle
+        if int(before):
+            checked(bindings().cuCtxSetCurrent(before))
         with self.current():
             self.multiprocessors = int(self._core.properties.multiprocessor_count)
             self.default_stream: Stream = _CudaStream(self._core.default_stream)
@@ -65,16 +71,19 @@ class CudaDevice(Device):
 
     @contextmanager
     def current(self) -> Iterator[object]:
-        """Within it, the calling thread's CUDA context is this device's; then again the one that was."""
+        """Within it, the calling thread's context is this device's; then again the one that was, if there was one."""
         driver = bindings()
-        checked(driver.cuInit(0))
-        before = checked(driver.cuCtxGetCurrent())
-        self._core.set_current()
+        before = int(checked(driver.cuCtxGetCurrent()))
+        if before in (0, int(self._context)):
+            if not before:
+                checked(driver.cuCtxSetCurrent(self._context))
+            yield self
+            return
+        checked(driver.cuCtxPushCurrent(self._context))
         try:
             yield self
         finally:
-            if int(before):
-                checked(driver.cuCtxSetCurrent(before))
+            checked(driver.cuCtxPopCurrent())
 
     def allocate(self, nbytes: int, stream: Stream | None = None) -> Buffer:
         """Reserves memory of the GPU's stream-ordered pool."""
@@ -129,7 +138,8 @@ class CudaDevice(Device):
 
     def synchronize(self) -> None:
         """Waits until all work of the device is done."""
-        self._core.sync()
+        with self.current():
+            checked(bindings().cuCtxSynchronize())
 
     def _of(self, stream: Stream | None) -> Any:
         chosen = self.default_stream if stream is None else stream

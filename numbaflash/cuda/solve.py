@@ -192,9 +192,9 @@ def solve(
     padded = -(-problem.value_dim // 8) * 8
     O = out if padded == problem.value_dim else queue.empty((*out.shape[:3], padded), out.dtype)  # noqa: E741
     bias = None if scoring.bias is None else queue.place(scoring.bias)
+    ragged = problem.kv_lengths.astype(np.int32) if (problem.kv_lengths != problem.kv_tokens).any() else None
     lengths, slopes, sinks = (
-        None if array is None else queue.place(array)
-        for array in (problem.kv_lengths.astype(np.int32), scoring.alibi_slopes, scoring.sink_logits)
+        None if array is None else queue.place(array) for array in (ragged, scoring.alibi_slopes, scoring.sink_logits)
     )
     arrays = Arrays(
         q=_strided(Q),

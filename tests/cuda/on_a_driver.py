@@ -1,0 +1,222 @@
+"""What must hold on a CUDA driver; `test_gpu.py` runs it on one that has the emulator behind it.
+
+Everything here goes through NVIDIA's own cuda.core and cuda.bindings, and Numba's device arrays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import types
+
+import cuda.core
+import numpy as np
+import pytest
+from cuda.core.utils import StridedMemoryView
+from numba import cuda as numba_cuda
+
+import numbaflash
+from numbaflash import device_arrays
+from numbaflash.backends import choose_backend
+from numbaflash.cuda import gpu
+from numbaflash.cuda.solve import Queue
+
+LEGACY = 1
+
+
+@pytest.fixture
+def calls(driver):
+    """What the driver was asked to do; at the end all memory must have been freed."""
+    driver.calls.clear()
+    before = len(driver.live)
+    yield driver.calls
+    assert len(driver.live) == before
+    assert not [call for call in driver.calls if call[0] in ("missing", "failed")]
+
+
+def problem(head_dim=64, q_tokens=40):
+    rng = np.random.default_rng(0)
+    shapes = ((1, q_tokens, 4, head_dim), (1, 150, 2, head_dim), (1, 150, 2, head_dim))
+    return tuple(rng.standard_normal(shape).astype(np.float16) for shape in shapes)
+
+
+def names(calls):
+    return [call[0] for call in calls]
+
+
+OPTIONS = [
+    {},
+    {"causal": True, "kv_lengths": [77], "bias": np.zeros((40, 150), np.float32), "alibi_slopes": [0.1] * 4},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_host_arrays_give_the_emulators_bits(calls, options):
+    q, k, v = problem()
+    assert choose_backend(None, array=q) == "cuda"
+    out, lse = numbaflash.attention(q, k, v, **options, return_lse=True)
+    want, want_lse = numbaflash.attention(q, k, v, **options, return_lse=True, backend="emulated")
+    np.testing.assert_array_equal(out, want)
+    np.testing.assert_array_equal(lse, want_lse)
+    assert calls
+
+
+def test_shared_memory_is_allowed_once_and_never_lowered(calls):
+    q, k, v = problem(head_dim=128)  # 64 KiB
+    for _ in range(2):
+        numbaflash.attention(q, k, v, backend="cuda")
+    assert names(calls).count("allow shared") == 1
+    assert names(calls).count("load") == 1
+    assert names(calls).count("launch") == 2
+    kernel = next(kernel for kernel in gpu.cuda_device(0)._kernels.values() if kernel._max_shared == 65536)
+    kernel.allow_shared(50_000)
+    assert names(calls).count("allow shared") == 1
+    with pytest.raises(ValueError, match="loaded for 65536 bytes"):
+        kernel.launch(1, 32, shared=65537)
+
+
+def test_numbas_device_arrays_are_read_where_they_lie(calls):
+    arrays = [numba_cuda.to_device(array) for array in problem()]
+    numbaflash.attention(*arrays)
+    calls.clear()
+    out = numbaflash.attention(*arrays)
+    assert names(calls) == ["launch"]
+    assert isinstance(out, type(arrays[0]))
+    np.testing.assert_array_equal(out.copy_to_host(), numbaflash.attention(*problem(), backend="emulated"))
+
+
+def test_numbers_on_the_gpu_are_read_in_the_streams_order(calls):
+    q, k, v = problem()
+    lengths = np.array([100], np.int32)
+    out = numbaflash.attention(q, k, v, kv_lengths=numba_cuda.to_device(lengths))
+    np.testing.assert_array_equal(out, numbaflash.attention(q, k, v, kv_lengths=lengths, backend="emulated"))
+    with pytest.raises(ValueError, match="kv_lengths must lie in 0 to 150"):
+        numbaflash.attention(q, k, v, kv_lengths=numba_cuda.to_device(lengths + 100))
+    assert calls
+
+
+class Ours:
+    """A CUDA array that `numba_cuda` made, in the clothes of another library."""
+
+    def __init__(self, array, stream=None):
+        self.array = array
+        self.shape, self.dtype = array.shape, array.dtype
+        self.__cuda_array_interface__ = {**array.__cuda_array_interface__, "stream": stream}
+
+
+def test_work_on_another_stream_is_waited_for(calls):
+    q, k, v = map(numba_cuda.to_device, problem())
+    queue = Queue(gpu.cuda_device(0), gpu.cuda_device(0).create_stream())
+    producer = int(queue.stream.core.handle)
+    calls.clear()
+    out = numbaflash.attention(q, Ours(k, stream=producer), v)
+    recorded = next(call for call in calls if call[0] == "record")
+    waited = next(call for call in calls if call[0] == "wait")
+    assert recorded == ("record", waited[2], producer)
+    assert waited[1] in (0, LEGACY)
+    assert calls.index(waited) < names(calls).index("launch")
+    np.testing.assert_array_equal(out.copy_to_host(), numbaflash.attention(*problem(), backend="emulated"))
+
+
+def test_cupys_current_stream_and_its_own_results_are_used(calls, monkeypatch):
+    stream = gpu.cuda_device(0).create_stream()
+    handle = int(stream.core.handle)
+
+    class Array(Ours):
+        device = contextlib.nullcontext()
+
+    Array.__module__ = "cupy"
+    cupy = types.ModuleType("cupy")
+    cupy.empty = lambda shape, dtype: Array(numba_cuda.device_array(shape, dtype))
+    cupy.cuda = types.SimpleNamespace(get_current_stream=lambda: types.SimpleNamespace(ptr=handle))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    q, k, v = (Array(numba_cuda.to_device(array)) for array in problem())
+    calls.clear()
+    out, lse = numbaflash.attention(q, k, v, return_lse=True)
+    assert isinstance(out, Array)
+    assert isinstance(lse, Array)
+    assert [call[-1] for call in calls if call[0] == "launch"] == [handle]
+    assert "copy in" not in names(calls)
+    np.testing.assert_array_equal(out.array.copy_to_host(), numbaflash.attention(*problem(), backend="emulated"))
+
+
+class Foreign:
+    """An array of a library that speaks DLPack alone."""
+
+    def __init__(self, exported):
+        self._exported = exported
+
+    def __dlpack__(self, **options):
+        return self._exported.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self._exported.__dlpack_device__()
+
+    def __array_namespace__(self):
+        return types.SimpleNamespace(from_dlpack=Foreign)
+
+
+def test_any_library_with_dlpack_gets_its_own_arrays_back(calls):
+    device = gpu.cuda_device(0)
+    queue = Queue(device, device.default_stream)
+    with device.current():
+        placed = [queue.place(array) for array in problem()]
+    arrays = [Foreign(gpu.exported(array)) for array in placed]
+    assert device_arrays.is_on_gpu(arrays[0])
+    calls.clear()
+    out = numbaflash.attention(*arrays)
+    assert names(calls)[-2:] == ["launch", "synchronize"]
+    assert "copy in" not in names(calls)
+    found = StridedMemoryView.from_dlpack(out, stream_ptr=LEGACY)
+    host = queue.read(device_arrays.view(out, "out"))
+    assert host.shape == tuple(found.shape)
+    np.testing.assert_array_equal(host, numbaflash.attention(*problem(), backend="emulated"))
+
+
+def test_too_large_an_array_is_a_memory_error_and_leaves_nothing_behind(calls):
+    q, k, v = problem()
+    wide = np.broadcast_to(q[:, :1], (1, 1 << 21, 4, 64))  # its copy would take 1 GiB
+    with pytest.raises(MemoryError, match="bytes of device memory"):
+        numbaflash.attention(wide, k, v, backend="cuda")
+    assert "launch" not in names(calls)
+
+
+def test_a_thread_without_a_context_gets_one_and_another_context_comes_back(driver, calls):
+    q, k, v = problem()
+    results = []
+    thread = threading.Thread(target=lambda: results.append(numbaflash.attention(q, k, v, backend="cuda")))
+    thread.start()
+    thread.join()
+    np.testing.assert_array_equal(results[0], numbaflash.attention(q, k, v, backend="emulated"))
+    driver.current = 0xABC0
+    numbaflash.attention(q, k, v, backend="cuda")
+    assert driver.current == 0xABC0
+    driver.current = 0
+    assert calls
+
+
+def test_the_device_keeps_the_interface(calls):
+    device = gpu.cuda_device(0)
+    assert (device.name, device.compute_capability, device.multiprocessors) == ("Emulated GPU", (8, 0), 108)
+    with device.current():
+        a, b = device.allocate(64), device.allocate(0)
+        assert b.nbytes == 0
+        stream = device.create_stream()
+        device.fill(a.address, 64, 7, stream)
+        device.copy(a.address + 32, a.address, 32)
+        found = np.zeros(64, np.uint8)
+        device.copy_out(found, a.address, stream)
+        assert (found == 7).all()
+        with pytest.raises(ValueError, match="C-contiguous"):
+            device.copy_in(a.address, np.zeros((4, 4))[:, ::2])
+        start, end = stream.record(), stream.record()
+        device.default_stream.wait(end)
+        end.synchronize()
+        assert end.seconds_since(start) == pytest.approx(2.5e-3)
+        device.synchronize()
+        assert device.foreign_stream(0).core is cuda.core.LEGACY_DEFAULT_STREAM
+        assert device.foreign_stream(2).core is cuda.core.PER_THREAD_DEFAULT_STREAM
+        a.close()
+        a.close()
+    assert calls
