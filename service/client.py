@@ -163,6 +163,29 @@ class Client:
         state = pb.SessionState(shape=shape, lengths=none, firsts=none, kv_bytes=answer.kv_bytes)
         return self._adopt(answer.session_id, state, stream, limits.max_message_bytes - _MAX_HEAD_BYTES)
 
+    def restore(self, name: str, *, ttl: float | None = None, stream: bool = True) -> Session:
+        """Make a session from a snapshot that `Session.snapshot` wrote, as `RingKVCache.load`.
+
+        Its layers hold what they held then: `length` says how much.
+
+        Args:
+            name: The snapshot's.
+            ttl: Seconds without a step after which the server ends the session; None: as for the one in the snapshot.
+            stream: As in `create_session`.
+
+        Raises:
+            SnapshotUnknownError: There is none of that name.
+            SnapshotDamagedError: Its file does not match its checksums.
+            KVBudgetError: The server has not that much memory left.
+            ServiceError: The call failed otherwise.
+        """
+        limits = self.info().limits
+        request = pb.RestoreRequest(name=name)
+        if ttl is not None:
+            request.ttl.FromNanoseconds(round(ttl * 1e9))
+        answer = wire.decode(pb.RestoreResponse, self._call("Restore", request))
+        return self._adopt(answer.session_id, answer.state, stream, limits.max_message_bytes - _MAX_HEAD_BYTES)
+
     def _adopt(self, session_id: str, state: pb.SessionState, stream: bool, max_payload: int) -> Session:
         session = Session(self, self._calls, session_id, state, stream=stream, max_payload=max_payload)
         self._sessions.add(session)
@@ -391,6 +414,25 @@ class Session:
         self._settle(timeout)
         answer = wire.decode(pb.ForkResponse, self._client._call("Fork", pb.ForkRequest(session_id=self.id), timeout))
         return self._client._adopt(answer.session_id, answer.state, self._stream is not None, self._max_payload)
+
+    def snapshot(self, name: str, *, timeout: float | None = None) -> int:
+        """Write the session to a file of the server's, as `RingKVCache.save`; `Client.restore` reads it.
+
+        Args:
+            name: 1 to 128 letters, digits, '-', '_' and '.'; an earlier snapshot of that name is replaced.
+            timeout: Seconds, all attempts together; None: the client's.
+
+        Returns:
+            Tokens that every layer holds in the snapshot.
+
+        Raises:
+            StorageError: The server cannot write it; an earlier one of that name is there as before.
+            SessionLostError: The session has ended; the error says why.
+            ServiceError: The call failed otherwise.
+        """
+        self._settle(timeout)
+        request = pb.SnapshotRequest(session_id=self.id, name=name)
+        return wire.decode(pb.SnapshotResponse, self._client._call("Snapshot", request, timeout)).usable_tokens
 
     def _settle(self, timeout: float | None) -> None:
         """Make a truncation that got no answer again: until it is known, no position is."""

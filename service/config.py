@@ -48,6 +48,23 @@ class ServeConfig(BaseSettings):
         lt=1 << 63,
         description="Hard budget for keys and values, for example 4GiB.",
     )
+    kv_high_water: float = Field(
+        0.9, ge=0, le=1, description="Share of kv_memory above which idle sessions are spilled in advance."
+    )
+    spill_dir: Path | None = Field(
+        None, description="Folder for idle sessions whose memory is needed; without one they are ended, with a notice."
+    )
+    spill_memory: ByteSize = Field(
+        ByteSize(16 << 30), ge=1 << 20, lt=1 << 63, description="Bytes of sessions in spill_dir."
+    )
+    spill_after: float = Field(1.0, ge=0, description="Seconds without a step after which a session may be spilled.")
+    evict_after: float = Field(
+        60.0, ge=0, description="Seconds without a step after which one may be ended that cannot be spilled."
+    )
+    snapshot_dir: Path | None = Field(
+        None, description="Folder for snapshots. Default: snapshots in spill_dir; without either there are none."
+    )
+    snapshot_memory: ByteSize = Field(ByteSize(16 << 30), ge=1 << 20, lt=1 << 63, description="Bytes of snapshots.")
     replay_memory: ByteSize = Field(
         ByteSize(256 << 20),
         ge=1 << 20,

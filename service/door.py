@@ -39,14 +39,15 @@ class Door:
 
     Args:
         authenticator: Says who makes a call.
+        principals: Who has called so far.
         max_calls: Calls at a time, streams included.
         metrics: Where calls that fail are counted.
     """
 
-    def __init__(self, authenticator: Authenticator, max_calls: int, metrics: Metrics) -> None:
+    def __init__(self, authenticator: Authenticator, principals: Principals, max_calls: int, metrics: Metrics) -> None:
         self.calls = Limit(max_calls, "calls under way", shared=authenticator.asks)
         self._authenticator = authenticator
-        self._principals = Principals()
+        self._principals = principals
         self._metrics = metrics
 
     def refresh(self) -> None:

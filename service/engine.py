@@ -136,6 +136,11 @@ class Engine:
             BusyError: Another writer's steps of the session are in flight.
             QueueFullError: Too many steps wait, or too many bytes of them.
         """
+        self.admit(step, writer)
+        self.start(step)
+
+    def admit(self, step: Step, writer: object) -> None:
+        """Count a step in, as `submit`; `start` or `refuse` must follow, at once or later."""
         if self.steps >= self._max_steps:
             raise QueueFullError(f"{self.steps} steps are waiting, the most that may", retry_after=0.05)
         if self.nbytes and self.nbytes + len(step.payload) > self._max_bytes:
@@ -143,12 +148,19 @@ class Engine:
         step.session.begin_step(writer)
         self.steps += 1
         self.nbytes += len(step.payload)
+
+    def start(self, step: Step) -> None:
+        """Queue a step that is counted in."""
         lone = self.steps == 1 and not self._calls and step.session.id == self._last_session
         self._last_session = step.session.id
         if lone and self._is_brief(step):
             self._deliver(self._compute([step]))
         else:
             self._inbox.put(step)
+
+    def refuse(self, step: Step, error: ServiceError) -> None:
+        """Answer a step that is counted in, and was not started."""
+        self._deliver([(step, error)])
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run a function on the engine's thread, after the steps that wait, and return what it returns."""

@@ -120,6 +120,26 @@ class QuotaError(ExhaustedError):
     reason = "QUOTA"
 
 
+class StorageError(ExhaustedError):
+    """The server could not write or read its files."""
+
+    reason = "STORAGE"
+
+
+class SnapshotUnknownError(ServiceError):
+    """The caller has no snapshot of that name."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    reason = "SNAPSHOT_UNKNOWN"
+
+
+class SnapshotDamagedError(ServiceError):
+    """A snapshot's file does not match its checksums."""
+
+    code = grpc.StatusCode.DATA_LOSS
+    reason = "SNAPSHOT_DAMAGED"
+
+
 class DrainingError(ServiceError):
     """The server is about to stop."""
 
@@ -151,7 +171,8 @@ class BadTensorError(ServiceError, ValueError):
 
 _WITH_REASON: Final[tuple[type[ServiceError], ...]] = (
     *(SessionUnknownError, SessionExpiredError, SessionEvictedError, PositionMismatchError, BusyError),
-    *(KVBudgetError, QueueFullError, QuotaError, DrainingError, BadTensorError),
+    *(KVBudgetError, QueueFullError, QuotaError, StorageError, SnapshotUnknownError, SnapshotDamagedError),
+    *(DrainingError, BadTensorError),
 )
 _BY_REASON: Final[dict[str | None, type[ServiceError]]] = {cls.reason: cls for cls in _WITH_REASON}
 

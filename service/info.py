@@ -34,6 +34,9 @@ class Usage:
     sessions: int
     queued_steps: int
     queued_bytes: int
+    spill_memory_bytes: int
+    spilled_bytes: int
+    spilled_sessions: int
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,9 @@ class ServerInfo:
                 sessions=usage.sessions,
                 queued_steps=usage.queued_steps,
                 queued_bytes=usage.queued_bytes,
+                spill_memory_bytes=usage.spill_memory_bytes,
+                spilled_bytes=usage.spilled_bytes,
+                spilled_sessions=usage.spilled_sessions,
             ),
         )
 
@@ -98,6 +104,7 @@ class SessionInfo:
     expires_at: float
     steps: int
     busy: bool
+    spilled: bool
 
     @classmethod
     def from_message(cls, message: pb.SessionInfo) -> SessionInfo:
@@ -117,4 +124,5 @@ class SessionInfo:
             expires_at=message.expires_at.ToNanoseconds() / 1e9,
             steps=message.steps,
             busy=message.busy,
+            spilled=message.spilled,
         )

@@ -1,4 +1,4 @@
-"""A session's life between its making and its end: Fork and Truncate.
+"""A session's life between its making and its end: Fork, Truncate, Snapshot and Restore.
 
 Each of them is, for the session, what a step is: it waits for nobody else's steps (BUSY), takes place whole or not at
 all, and starts the time to live anew. A caller that goes away does not stop what has begun.
@@ -7,24 +7,31 @@ all, and starts the time to live anew. A caller that goes away does not stop wha
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+import contextlib
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
+
+import grpc
 
 from numbaflash import RingKVCache
 
-from . import wire
+from . import validation, wire
 from .door import Call
 from .engine import Engine
-from .errors import BadTensorError
+from .errors import BadTensorError, ServiceError
+from .memory import Memory
 from .principals import Principal
+from .records import Record
 from .replay import Answers
 from .sessions import Session, SessionTable, Shape
+from .snapshots import Snapshots, read
 from .v1 import attention_pb2 as pb
 
 T = TypeVar("T")
 Fill: TypeAlias = Callable[[], Awaitable[RingKVCache]]
+_Made: TypeAlias = tuple[Session, pb.SessionState]
 Enter: TypeAlias = Callable[[Principal, Shape, float, Fill], Coroutine[Any, Any, Session]]
 
 
@@ -35,6 +42,10 @@ class LifeMethods:
         table: The sessions.
         engine: The thread that their caches belong to.
         answers: What their last steps gave.
+        memory: Keeps them in memory while something is done with them.
+        snapshots: None where there is no place for them.
+        max_ttl: The longest time to live.
+        backend: Of the caches.
         enter: Makes a session with a cache.
         leave: Ends one that nobody got to know of.
     """
@@ -44,12 +55,21 @@ class LifeMethods:
         table: SessionTable,
         engine: Engine,
         answers: Answers,
+        memory: Memory,
+        snapshots: Snapshots | None,
+        *,
+        max_ttl: float,
+        backend: str,
         enter: Enter,
         leave: Callable[[Session], object],
     ) -> None:
         self._table = table
         self._engine = engine
         self._answers = answers
+        self._memory = memory
+        self._snapshots = snapshots
+        self._max_ttl = max_ttl
+        self._backend = backend
         self._enter = enter
         self._leave = leave
 
@@ -58,14 +78,15 @@ class LifeMethods:
         request = wire.decode(pb.ForkRequest, wire_request)
         session = self._table.get(request.session_id, call.principal)
 
-        async def run() -> Session:
-            async with self._hold(session, call) as cache:
-                return await self._enter(
+        async def run() -> _Made:
+            async with self._memory.hold(session, call) as cache:
+                child = await self._enter(
                     call.principal, session.shape, session.ttl, lambda: self._engine.call(cache.fork)
                 )
+                return child, describe_state(child)
 
-        child = await self._made(run())
-        response = pb.ForkResponse(session_id=child.id, state=describe_state(child))
+        child, state = await self._made(run())
+        response = pb.ForkResponse(session_id=child.id, state=state)
         response.expires_at.FromNanoseconds(int(child.expires_at * 1e9))
         return response.SerializeToString()
 
@@ -78,7 +99,7 @@ class LifeMethods:
         session.check_epoch(request.epoch)
 
         async def run() -> None:
-            async with self._hold(session, call) as cache:
+            async with self._memory.hold(session, call) as cache:
                 session.check_epoch(request.epoch)
 
                 def truncate() -> None:
@@ -95,26 +116,53 @@ class LifeMethods:
         await _to_the_end(run())
         return _truncated(session, replayed=False)
 
-    async def _made(self, operation: Coroutine[Any, Any, Session]) -> Session:
+    async def snapshot(self, wire_request: bytes, call: Call) -> bytes:
+        """Write a session to a file of the server's."""
+        request = wire.decode(pb.SnapshotRequest, wire_request)
+        snapshots = self._place()
+        name = validation.snapshot_name(request.name)
+        session = self._table.get(request.session_id, call.principal)
+
+        async def run() -> int:
+            async with self._memory.hold(session, call) as cache:
+                record = Record.of(session)
+                await snapshots.write(call.principal, name, record, cache)
+                return min(record.lengths)
+
+        return pb.SnapshotResponse(usable_tokens=await _to_the_end(run())).SerializeToString()
+
+    async def restore(self, wire_request: bytes, call: Call) -> bytes:
+        """Make a session from a snapshot."""
+        request = wire.decode(pb.RestoreRequest, wire_request)
+        snapshots = self._place()
+        name = validation.snapshot_name(request.name)
+        asked = validation.time_to_live(request.ttl, self._max_ttl) if request.HasField("ttl") else None
+
+        async def run() -> _Made:
+            with contextlib.closing(await snapshots.open(call.principal, name)) as file:
+                record = file.record
+                ttl = min(record.ttl, self._max_ttl) if asked is None else asked
+                session = await self._enter(call.principal, record.shape, ttl, partial(read, file, self._backend))
+                return session, describe_state(session)
+
+        session, state = await self._made(run())
+        response = pb.RestoreResponse(session_id=session.id, usable_tokens=min(state.lengths), state=state)
+        response.expires_at.FromNanoseconds(int(session.expires_at * 1e9))
+        return response.SerializeToString()
+
+    def _place(self) -> Snapshots:
+        if self._snapshots is None:
+            raise ServiceError("this server has no folder for snapshots", code=grpc.StatusCode.UNIMPLEMENTED)
+        return self._snapshots
+
+    async def _made(self, operation: Coroutine[Any, Any, _Made]) -> _Made:
         """Return the session that an operation makes; where the caller goes away meanwhile, it is ended."""
         task = asyncio.ensure_future(operation)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            task.add_done_callback(lambda done: done.exception() or self._leave(done.result()))
+            task.add_done_callback(lambda done: done.exception() or self._leave(done.result()[0]))
             raise
-
-    @asynccontextmanager
-    async def _hold(self, session: Session, call: Call) -> AsyncIterator[RingKVCache]:
-        """Keep everybody else's steps from a session, and its cache from being let go of, while the block runs."""
-        session.begin_step(call)
-        session.work = asyncio.current_task()
-        try:
-            assert session.cache is not None
-            yield session.cache
-        finally:
-            session.work = None
-            session.end_step()
 
 
 def describe_state(session: Session) -> pb.SessionState:

@@ -30,17 +30,19 @@ from .errors import (
     BadTensorError,
     DrainingError,
     ExhaustedError,
-    ServiceError,
     SessionClosedError,
     SessionUnknownError,
     UnauthenticatedError,
 )
+from .folder import folders
 from .life import Fill, LifeMethods
+from .memory import Memory, Thresholds
 from .metrics import Gauges, Metrics
-from .principals import Principal
+from .principals import Principal, Principals
 from .replay import Answers
 from .replies import encode_answer
 from .sessions import Session, SessionTable, Shape
+from .snapshots import Snapshots
 from .v1 import attention_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ class AttentionServicer:
         self._config = config
         self._backend = choose_backend(config.backend, CACHE_BACKENDS)
         self.metrics = Metrics(small=MIN_PREFILL_TOKENS)
+        self._spill, self._snapshots = folders(config)
         self._table = SessionTable(config.kv_memory, config.max_sessions)
         self._answers = Answers(config.replay_memory)
         self._engine = Engine(
@@ -75,8 +78,29 @@ class AttentionServicer:
             small=MIN_PREFILL_TOKENS,
             metrics=self.metrics,
         )
-        self._door = Door(authenticator, config.max_calls, self.metrics)
-        self._life = LifeMethods(self._table, self._engine, self._answers, self._enter, self._leave)
+        principals = Principals()
+        self._door = Door(authenticator, principals, config.max_calls, self.metrics)
+        self._memory = Memory(
+            self._table,
+            self._engine,
+            self._answers,
+            self._spill,
+            Thresholds(config.kv_high_water, config.spill_after, config.evict_after),
+            backend=self._backend,
+            free=self._free,
+        )
+        self._memory.find_spilled(principals)
+        self._life = LifeMethods(
+            self._table,
+            self._engine,
+            self._answers,
+            self._memory,
+            Snapshots(self._snapshots) if self._snapshots else None,
+            max_ttl=config.max_ttl,
+            backend=self._backend,
+            enter=self._enter,
+            leave=self._leave,
+        )
         self._draining = False
         self._streams: set[AttendStream] = set()
         self._background: set[asyncio.Task[None]] = set()
@@ -88,10 +112,10 @@ class AttentionServicer:
             "CreateSession": self._create_session,
             "Prefill": self._step,
             "Decode": self._step,
-            "Fork": self._life.fork,
-            "Truncate": self._life.truncate,
-            "Snapshot": self._unimplemented,
-            "Restore": self._unimplemented,
+            "Fork": self._unless_draining(self._life.fork),
+            "Truncate": self._unless_draining(self._life.truncate),
+            "Snapshot": self._unless_draining(self._life.snapshot),
+            "Restore": self._unless_draining(self._life.restore),
             "CloseSession": self._close_session,
             "ListSessions": self._list_sessions,
         }
@@ -112,7 +136,11 @@ class AttentionServicer:
         await self._engine.call(step)
 
     async def keep_house(self) -> None:
-        """End the sessions whose time is over, and the streams of callers that are let in no more, until cancelled."""
+        """See to what is due each second, until cancelled.
+
+        Sessions whose time is over end, and so do streams of callers that are let in no more; what is above the
+        high-water mark is spilled.
+        """
         while True:
             await asyncio.sleep(1.0)
             self._door.refresh()
@@ -124,6 +152,7 @@ class AttentionServicer:
             for session in self._table.end_idle():
                 log.info("session of %d bytes expired", session.kv_bytes)
                 self._free(session)
+            await self._memory.relieve()
 
     def drain(self) -> None:
         """Take no more steps and sessions; what is in flight goes on, and streams end when theirs is answered."""
@@ -133,8 +162,8 @@ class AttentionServicer:
 
     @property
     def busy(self) -> bool:
-        """Whether steps or streams are in flight."""
-        return self._engine.steps > 0 or bool(self._streams)
+        """Whether steps or streams are in flight, or something else is done with a session."""
+        return self._engine.steps > 0 or bool(self._streams) or self._memory.holds > 0
 
     def identity(self) -> dict[str, str]:
         """Say what serves."""
@@ -165,8 +194,12 @@ class AttentionServicer:
         )
 
     async def stop(self) -> None:
-        """Compute what waits, and end the engine."""
+        """Compute what waits, spill the sessions that are idle then, and end the engine."""
+        await self._memory.put_all_away()
         await self._engine.stop()
+        for folder in (self._spill, self._snapshots):
+            if folder:
+                folder.close()
 
     # -- unary RPCs --------------------------------------------------------------------------------------------------
 
@@ -194,6 +227,9 @@ class AttentionServicer:
                 sessions=len(self._table),
                 queued_steps=self._engine.steps,
                 queued_bytes=self._engine.nbytes,
+                spill_memory_bytes=self._spill.budget if self._spill else 0,
+                spilled_bytes=self._spill.nbytes if self._spill else 0,
+                spilled_sessions=sum(session.spilled is not None for session in self._table),
             ),
         )
         info.limits.default_ttl.FromNanoseconds(int(config.default_ttl * 1e9))
@@ -216,7 +252,10 @@ class AttentionServicer:
     async def _enter(self, owner: Principal, shape: Shape, ttl: float, fill: Fill) -> Session:
         """Make a session: its bytes are reserved before `fill` makes its cache."""
         self._refuse_when_draining()
-        session = self._table.create(owner, shape, ttl, wire.DTYPES[shape.dtype].itemsize)
+        itemsize = wire.DTYPES[shape.dtype].itemsize
+        await self._memory.make_room(shape.kv_bytes(itemsize))
+        session = self._table.create(owner, shape, ttl, itemsize)
+        session.work = asyncio.current_task()
         try:
             session.cache = await fill()
         except BaseException as error:  # the caller may have gone, too
@@ -226,6 +265,9 @@ class AttentionServicer:
             if isinstance(error, ValueError):
                 raise BadTensorError("shape", str(error)) from error
             raise
+        finally:
+            session.work = None
+        session.expires = time.monotonic() + ttl
         self.metrics.created += 1
         return session
 
@@ -263,8 +305,12 @@ class AttentionServicer:
             sessions=map(_describe, self._table.owned_by(call.principal))
         ).SerializeToString()
 
-    async def _unimplemented(self, _: bytes, __: Call) -> bytes:
-        raise ServiceError("this version of the server does not have it", code=grpc.StatusCode.UNIMPLEMENTED)
+    def _unless_draining(self, method: Method) -> Method:
+        async def call(wire_request: bytes, call: Call) -> bytes:
+            self._refuse_when_draining()
+            return await method(wire_request, call)
+
+        return call
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -302,7 +348,7 @@ class AttentionServicer:
             deadline=deadline,
             settle=settle,
         )
-        self._engine.submit(step, call)
+        self._memory.submit(step, call)
         return step
 
     async def _attend(self, _: Any, call: Call) -> None:
@@ -334,10 +380,11 @@ class AttentionServicer:
         self.metrics.count_end(session.lost())
 
         async def free() -> None:
-            if session.work:
+            while session.work:
                 await asyncio.wait([session.work])
             await self._engine.call(let_go)
             self._table.release(session)
+            await self._memory.forget(session)
 
         task = asyncio.create_task(free())
         self._background.add(task)  # the loop itself holds tasks only weakly
@@ -355,6 +402,7 @@ def _describe(session: Session) -> pb.SessionInfo:
         kv_bytes=session.kv_bytes,
         steps=session.steps,
         busy=session.in_flight > 0,
+        spilled=session.spilled is not None,
     )
     info.created_at.FromNanoseconds(int(session.created_at * 1e9))
     info.expires_at.FromNanoseconds(int(session.expires_at * 1e9))

@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final
 
@@ -92,6 +93,14 @@ class Shape:
         )
 
 
+@dataclass(frozen=True)
+class Spilled:
+    """A session on disk: bytes of its file, tokens that each layer holds."""
+
+    nbytes: int
+    lengths: tuple[int, ...]
+
+
 @dataclass(eq=False, slots=True)
 class Session:
     """One sequence.
@@ -111,7 +120,9 @@ class Session:
         steps: Steps taken; counted by the engine.
         epoch: How many times it was truncated.
         truncated_to: The length that the last of those took it back to.
+        spilled: Where it is while it is on disk; its cache is None then, and no bytes are reserved for it.
         work: What is under way on its cache beside steps; the cache stays until that is done.
+        reserved: Whether `kv_bytes` are.
     """
 
     id: str
@@ -128,22 +139,25 @@ class Session:
     steps: int = 0
     epoch: int = 0
     truncated_to: int | None = None
+    spilled: Spilled | None = None
     work: asyncio.Task[Any] | None = None
+    reserved: bool = False
 
     @property
     def expires_at(self) -> float:
         """When the session ends if no step comes, in seconds since the epoch."""
         return time.time() + self.expires - time.monotonic()
 
+    def lengths(self) -> list[int]:
+        """Tokens that each layer holds."""
+        if self.cache:
+            return [self.cache.length(layer) for layer in range(self.shape.num_layers)]
+        return list(self.spilled.lengths) if self.spilled else [0] * self.shape.num_layers
+
     @property
     def idle_seconds(self) -> float:
         """Seconds since the last step, or since it was made."""
         return 0.0 if self.in_flight else time.monotonic() - (self.expires - self.ttl)
-
-    def lengths(self) -> list[int]:
-        """Tokens that each layer holds."""
-        cache = self.cache
-        return [0] if cache is None else [cache.length(layer) for layer in range(self.shape.num_layers)]
 
     def check_epoch(self, epoch: int, layer: int = 0) -> None:
         """See that a call knows of the last truncation.
@@ -212,25 +226,42 @@ class SessionTable:
         """
         if len(self._sessions) >= self._max_sessions:
             raise QuotaError(f"there are {self._max_sessions} sessions, the most that may be", retry_after=1.0)
-        kv_bytes = shape.kv_bytes(itemsize)
-        if kv_bytes > self.kv_memory - self.kv_reserved:
-            raise KVBudgetError(
-                f"the session needs {kv_bytes} bytes; {self.kv_memory - self.kv_reserved} of {self.kv_memory} are left",
-                # No waiting helps where the whole memory is too small.
-                retry_after=1.0 if kv_bytes <= self.kv_memory else None,
-            )
-        self.kv_reserved += kv_bytes
         session = Session(
             id=secrets.token_hex(16),
             owner=owner,
             shape=shape,
-            kv_bytes=kv_bytes,
+            kv_bytes=shape.kv_bytes(itemsize),
             ttl=ttl,
             created_at=time.time(),
             expires=time.monotonic() + ttl,
         )
+        self.reserve(session)
         self._sessions[session.id] = session
         return session
+
+    def adopt(self, session: Session) -> None:
+        """Enter a session that an earlier process has left on disk."""
+        self._sessions[session.id] = session
+
+    def reserve(self, session: Session) -> None:
+        """Take the bytes of a session.
+
+        Raises:
+            KVBudgetError: There are not so many left.
+        """
+        if session.kv_bytes > self.kv_left:
+            raise KVBudgetError(
+                f"the session needs {session.kv_bytes} bytes; {self.kv_left} of {self.kv_memory} are left",
+                # No waiting helps where the whole memory is too small.
+                retry_after=1.0 if session.kv_bytes <= self.kv_memory else None,
+            )
+        self.kv_reserved += session.kv_bytes
+        session.reserved = True
+
+    @property
+    def kv_left(self) -> int:
+        """Bytes that nobody has reserved."""
+        return self.kv_memory - self.kv_reserved
 
     def get(self, session_id: str, owner: Principal) -> Session:
         """Return a session of a caller's that lives.
@@ -256,17 +287,28 @@ class SessionTable:
             self._tombstones.popitem(last=False)
 
     def release(self, session: Session) -> None:
-        """Give back the bytes of a session whose cache is gone."""
-        self.kv_reserved -= session.kv_bytes
+        """Give back the bytes of a session whose cache is gone, where it has any."""
+        if session.reserved:
+            self.kv_reserved -= session.kv_bytes
+            session.reserved = False
 
     def end_idle(self) -> list[Session]:
-        """End the sessions whose time is over and that no step is in flight for, and return them."""
+        """End the sessions whose time is over and that nothing is under way for, and return them."""
         now = time.monotonic()
-        idle = [session for session in self._sessions.values() if not session.in_flight and session.expires <= now]
+        idle = [
+            session
+            for session in self._sessions.values()
+            if session.expires <= now and not session.in_flight and not session.work
+        ]
         for session in idle:
-            why = f"the session was idle for its time to live, {session.ttl:g} s"
+            why = f"the session was idle for its time to live, {session.ttl:g} s; it ended at {now_text()}"
             self.end(session, partial(SessionExpiredError, why))
         return idle
+
+
+def now_text() -> str:
+    """Say what time it is, for people."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _never_was() -> SessionLostError:

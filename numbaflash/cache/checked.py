@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CheckedFile", "PagedTensor", "write"]
+__all__ = ["CheckedFile", "DamagedError", "PagedTensor", "write"]
 
 _CODES: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "uint8": "U8"}
 _DTYPES: Final = {code: np.dtype(getattr(ml_dtypes, name, name)) for name, code in _CODES.items()}
@@ -95,6 +95,18 @@ def write(
         partial.unlink(missing_ok=True)
 
 
+class DamagedError(ValueError):
+    """A file does not hold what was written.
+
+    Attributes:
+        what: Which part of it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], what: str) -> None:
+        super().__init__(f"{os.fspath(path)} is damaged: {what}")
+        self.what = what
+
+
 class CheckedFile:
     """A file that `write` wrote, open for reading; its header is checked at once, each page when it is read.
 
@@ -107,7 +119,7 @@ class CheckedFile:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is no such file, or its header is damaged.
+        DamagedError: It is no such file, or its header is damaged; a ValueError.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -117,7 +129,7 @@ class CheckedFile:
             self._read_header()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             self._file.close()
-            raise ValueError(f"{path} is damaged: {error}") from None
+            raise DamagedError(path, str(error)) from None
         except BaseException:
             self._file.close()
             raise
@@ -131,7 +143,7 @@ class CheckedFile:
 
         Raises:
             OSError: The file cannot be read.
-            ValueError: The page is damaged.
+            DamagedError: The page is damaged.
         """
         tensor = self.tensors[name]
         rows = np.empty((tensor.rows_of(page), *tensor.shape[1:]), tensor.dtype)
@@ -139,7 +151,7 @@ class CheckedFile:
         self._file.seek(self._start + self._offsets[name] + page * tensor.page_rows * tensor.row_nbytes)
         whole = _read_into(self._file, data)
         if not whole or _digest(data) != self._digests[name][page]:
-            raise ValueError(f"{self._path} is damaged: page {page} of {name} does not match its checksum")
+            raise DamagedError(self._path, f"page {page} of {name} does not match its checksum")
         return rows
 
     def _read_header(self) -> None:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .checked import CheckedFile, PagedTensor
+from .checked import CheckedFile, DamagedError, PagedTensor
 from .checked import write as write_checked
 
-__all__ = ["CacheFile", "LayerState", "RingShape", "write"]
+__all__ = ["CacheFile", "DamagedError", "LayerState", "RingShape", "write"]
 
 _FORMAT = "numbaflash.RingKVCache"
 _VERSION = 2
@@ -138,7 +138,7 @@ class CacheFile:
             self._check()
         except (TypeError, KeyError) as error:
             self._file.close()
-            raise ValueError(f"{path} is damaged: {error}") from None
+            raise DamagedError(path, str(error)) from None
         except BaseException:
             self._file.close()
             raise
@@ -168,12 +168,16 @@ class CacheFile:
                 if (tensor.shape, tensor.dtype.name, tensor.page_rows) != expected:
                     raise ValueError(f"{self._path} has a tensor layers.{index}.{name} that does not fit its shape")
 
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
     def tokens(self, layer: int) -> Iterator[tuple[int, NDArray[Any], NDArray[Any]]]:
         """Read a layer's tokens: position of the first, keys and values of some that follow each other, and so on.
 
         Raises:
             OSError: The file cannot be read.
-            ValueError: A page is damaged.
+            DamagedError: A page is damaged.
         """
         sinks, ring = self.layers[layer].kept(self.shape.sink_tokens)
         for page in range(self._file.tensors[f"layers.{layer}.k"].pages):
@@ -192,7 +196,7 @@ class CacheFile:
 
         Raises:
             OSError: The file cannot be read.
-            ValueError: One is damaged.
+            DamagedError: One is damaged.
         """
         names = [name for name in self._file.tensors if name.startswith(_ATTACHED)]
         return {name.removeprefix(_ATTACHED): self._file.read(name, 0) for name in names}

@@ -289,31 +289,37 @@ class RingKVCache:
         )
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, backend: str | None = None) -> RingKVCache:
+    def load(cls, path: str | os.PathLike[str] | files.CacheFile, *, backend: str | None = None) -> RingKVCache:
         """Read a cache that `save` wrote.
+
+        Args:
+            path: Of the file; or the file, open.
+            backend: As for a new cache.
 
         Raises:
             OSError: The file cannot be read.
             ValueError: The file is no such cache, of another version, or damaged.
         """
-        with files.CacheFile(path) as file:
-            shape = file.shape
-            cache = cls(
-                shape.num_layers,
-                shape.num_kv_heads,
-                shape.head_dim,
-                capacity=shape.capacity,
-                sink_tokens=shape.sink_tokens,
-                dtype=shape.dtype,
-                page_size=shape.page_size,
-                rollback=shape.rollback,
-                backend=backend,
-            )
-            for layer, (ring, state) in enumerate(zip(cache._layers, file.layers, strict=True)):
-                for position, keys, values in file.tokens(layer):
-                    ring.length = position
-                    ring.write(keys, values)
-                ring.length, ring.intact = state.length, state.intact
+        if not isinstance(path, files.CacheFile):
+            with files.CacheFile(path) as file:
+                return cls.load(file, backend=backend)
+        shape = path.shape
+        cache = cls(
+            shape.num_layers,
+            shape.num_kv_heads,
+            shape.head_dim,
+            capacity=shape.capacity,
+            sink_tokens=shape.sink_tokens,
+            dtype=shape.dtype,
+            page_size=shape.page_size,
+            rollback=shape.rollback,
+            backend=backend,
+        )
+        for layer, (ring, state) in enumerate(zip(cache._layers, path.layers, strict=True)):
+            for position, keys, values in path.tokens(layer):
+                ring.length = position
+                ring.write(keys, values)
+            ring.length, ring.intact = state.length, state.intact
         return cache
 
     def _hold(self, layers: list[LayerRing]) -> None:

@@ -24,6 +24,9 @@ CONTRACT = {
     "KV_BUDGET": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "QUEUE_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "QUOTA": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "STORAGE": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "SNAPSHOT_UNKNOWN": grpc.StatusCode.NOT_FOUND,
+    "SNAPSHOT_DAMAGED": grpc.StatusCode.DATA_LOSS,
     "DRAINING": grpc.StatusCode.UNAVAILABLE,
     "BAD_TENSOR": grpc.StatusCode.INVALID_ARGUMENT,
 }
@@ -131,10 +134,9 @@ def test_a_closed_session_is_unknown_and_may_be_closed_again(stock: Any, qkv: An
 
 
 @pytest.mark.parametrize("name", ["Snapshot", "Restore"])
-def test_what_is_not_there_yet_is_unimplemented(stock: Any, name: str) -> None:
-    method = pb.DESCRIPTOR.services_by_name["Attention"].methods_by_name[name]
+def test_a_server_without_a_folder_has_no_snapshots(stock: Any, name: str) -> None:
     with pytest.raises(grpc.RpcError) as caught:
-        getattr(stock, name)(getattr(pb, method.input_type.name)())
+        getattr(stock, name)(getattr(pb, f"{name}Request")(name="a"))
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 

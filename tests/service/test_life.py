@@ -186,6 +186,7 @@ def test_a_child_whose_caller_went_away_is_ended(server: Any, stock: Any) -> Non
         call = stock.Fork.future(pb.ForkRequest(session_id=session_id))
         server.wait_until(lambda: len(table) > len(before))
         call.cancel()
+        stock.GetInfo(pb.GetInfoRequest())  # behind the cancellation, on the same connection
         (child,) = {session.id for session in table} - before
     server.wait_until(lambda: len(table) == len(before))
     assert isinstance(fails(stock.Truncate, pb.TruncateRequest(session_id=child)), SessionUnknownError)
