@@ -1,4 +1,4 @@
-"""FlashAttention-2 on the emulated device, from NumPy arrays to NumPy arrays, and what it is measured against."""
+"""The kernels on the emulated device, from NumPy arrays to NumPy arrays, and what they are measured against."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from oracle import expected
 from numbaflash.cuda.arguments import Arrays, Strided
 from numbaflash.cuda.build import build, disassemble
 from numbaflash.cuda.device import EmulatedDevice
+from numbaflash.cuda.flash_v1 import FlashV1
 from numbaflash.cuda.flash_v2 import FlashV2
 from numbaflash.cuda.sass import parse
 from numbaflash.cuda.shapes import tile_shape
@@ -38,12 +39,32 @@ def device():
 
 
 @cache
-def kernel_of(variant):
-    return device().load(build(flash_of(variant), AMPERE).ptx, max_shared=flash_of(variant).shared_bytes)
+def loaded(description):
+    return device().load(build(description, AMPERE).ptx, max_shared=description.shared_bytes)
 
 
-def attention(q, k, v, **options):
-    """Return the output, the log-sum-exp and the launch's counts."""
+def launch(description, grid, arguments):
+    """Run a kernel and return its counts."""
+    loaded(description).launch(grid, description.threads, *arguments, shared=description.shared_bytes)
+    return device().last_report
+
+
+def run_v2(problem, arrays):
+    flash = flash_of(Variant.of(problem, lse=True))
+    return [launch(flash, flash.grid(problem), flash.arguments(problem, arrays))]
+
+
+def run_v1(problem, arrays):
+    flash = FlashV1.of(Variant.of(problem, lse=True))
+    state = device().allocate(flash.state_bytes(problem))
+    return [launch(flash, flash.grid(problem), flash.arguments(problem, arrays, state.address))]
+
+
+ALGORITHMS = {"v1": run_v1, "v2": run_v2}
+
+
+def attention(q, k, v, *, algorithm="v2", **options):
+    """Return the output, the log-sum-exp and the counts of each launch."""
     problem = describe(q, k, v, **options)
     scoring = problem.scoring
     out = np.zeros((*q.shape[:3], v.shape[3]), q.dtype)
@@ -62,12 +83,7 @@ def attention(q, k, v, **options):
         **{name: Strided(buffers[name].address, steps) for name, steps in strides.items()},
         **{name: buffers[name].address for name in ("lse", "lengths", "slopes", "sinks") if name in buffers},
     )
-    variant = Variant.of(problem, lse=True)
-    flash = flash_of(variant)
-    kernel_of(variant).launch(
-        flash.grid(problem), flash.threads, *flash.arguments(problem, arrays), shared=flash.shared_bytes
-    )
-    counts = device().last_report
+    counts = ALGORITHMS[algorithm](problem, arrays)
     device().copy_out(out, buffers["out"].address)
     device().copy_out(lse, buffers["lse"].address)
     return out, lse, counts
@@ -109,9 +125,9 @@ def straightforward(q, k, v, **options):
     return out
 
 
-def assert_as_good_as_straightforward(q, k, v, **options):
+def assert_as_good_as_straightforward(q, k, v, *, algorithm="v2", **options):
     """The kernel's largest error is at most twice that of `straightforward`, both against float64."""
-    out, lse, _ = attention(q, k, v, **options)
+    out, lse, _ = attention(q, k, v, algorithm=algorithm, **options)
     want, want_lse = expected(q, k, v, **options)
     plain = straightforward(q, k, v, **options).astype(np.float64)
     error, allowed = (np.abs(x - want).max(initial=0) for x in (out.astype(np.float64), plain))

@@ -17,12 +17,13 @@ from itertools import islice
 from typing import Any
 
 from llvmlite import ir
+from numba.cuda import types
 
 from . import ptx
 from .ptx import B32, B64, F32, constant, device_intrinsic
 from .tile import Registers, RowCopy, SharedTile, step
 
-__all__ = ["WarpTile", "add_weighted_values", "score_keys"]
+__all__ = ["WarpTile", "add_weighted_values", "element", "multiply_values", "score_keys"]
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,15 @@ class WarpTile:
 
     def score(self, row: int, column: int) -> int:
         """Index of a lane's score: `row` is 2 * row tile + half, `column` is 2 * column tile + (0 or 1)."""
-        return _element(self.keys // 8, row, column)
+        return element(self.keys // 8, row, column)
 
     def output(self, row: int, column: int) -> int:
         """Index of a lane's element of O, by row and column as for `score`."""
-        return _element(self.value_dim // 8, row, column)
+        return element(self.value_dim // 8, row, column)
 
 
-def _element(column_tiles: int, row: int, column: int) -> int:
+def element(column_tiles: int, row: int, column: int) -> int:
+    """Index of a lane's element of a warp tile with so many tiles of 8 columns: `row` and `column` as for `WarpTile.score`."""
     return ((row // 2) * column_tiles + column // 2) * 4 + (row % 2) * 2 + column % 2
 
 
@@ -80,12 +82,14 @@ def _multiply(builder: Any, mma: Any, results: Registers, first: int, a: list[An
         results[first + i] = value
 
 
-def score_keys(warp: WarpTile, queries: SharedTile, keys: SharedTile, beside: RowCopy, *, find_maxima: bool) -> Any:
+def score_keys(
+    warp: WarpTile, queries: SharedTile, keys: SharedTile, beside: RowCopy | None, *, find_maxima: bool
+) -> Any:
     """Return a device function that computes S = Q K^T for a warp, and starts the copy `beside` on the way.
 
     Its arguments: the lane's address in the warp's first query rows, its address in K's tile, the scores, the row
     maxima of what the lane holds (written where `find_maxima`: the scores are final as the product leaves them), and
-    the arguments of the copy.
+    the arguments of the copy, where there is one.
     """
     mma = ptx.mma_bf16 if warp.bfloat16 else ptx.mma_f16
 
@@ -120,7 +124,7 @@ def score_keys(warp: WarpTile, queries: SharedTile, keys: SharedTile, beside: Ro
         waiting = iter(loads)
         started = 0
         for index, (needed, depth, pair) in enumerate(uses):
-            if index == min(warp.copy_after, len(uses) - 1):
+            if beside and index == min(warp.copy_after, len(uses) - 1):
                 source = beside.emit(builder, copied)
             for load in islice(waiting, max(0, needed + warp.k_ahead - started)):
                 load()
@@ -132,8 +136,10 @@ def score_keys(warp: WarpTile, queries: SharedTile, keys: SharedTile, beside: Ro
             update_maxima(builder, warp, scores, maxima, pairs - 1)
         scores.store()
         maxima.store()
-        return source
+        return source if beside else None
 
+    if beside is None:
+        return device_intrinsic(emit, [B32.numba, B32.numba, None, None], types.void)
     return device_intrinsic(emit, [B32.numba, B32.numba, None, None, *RowCopy.ARGUMENTS], B64.numba)
 
 
@@ -216,3 +222,40 @@ def add_weighted_values(warp: WarpTile, values: SharedTile, beside: RowCopy) -> 
         return source
 
     return device_intrinsic(emit, [B32.numba, None, F32.numba, None, None, None, *RowCopy.ARGUMENTS], B64.numba)
+
+
+def multiply_values(warp: WarpTile, weights: SharedTile, values: SharedTile) -> Any:
+    """Return a device function that computes O += P V for a warp, with P in shared memory.
+
+    Its arguments: the lane's address in the warp's first rows of P, its address in V's tile, and O.
+    """
+    mma = ptx.mma_bf16 if warp.bfloat16 else ptx.mma_f16
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> None:
+        weight_address, value_address, out_array = arguments
+        out = Registers(context, builder, signature.args[2], out_array)
+        v: dict[tuple[int, int], list[Any]] = {}
+
+        def load_values(block: int, pair: int) -> None:
+            address, offset = step(builder, values, value_address, 16 * block, 2 * pair)
+            v[block, pair] = ptx.ldmatrix_x4_trans.emit(builder, address, offset)
+
+        blocks, pairs = warp.keys // 16, warp.value_dim // 16
+        waiting = iter([(block, pair) for block in range(blocks) for pair in range(pairs)])
+        for at in islice(waiting, warp.v_ahead):
+            load_values(*at)
+        for block in range(blocks):
+            p = [
+                ptx.ldmatrix_x4.emit(builder, *step(builder, weights, weight_address, 16 * tile, 2 * block))
+                for tile in range(warp.row_tiles)
+            ]
+            for pair in range(pairs):
+                for at in islice(waiting, 1):
+                    load_values(*at)
+                for half in range(2):
+                    for tile in range(warp.row_tiles):
+                        first = warp.output(2 * tile, 2 * (2 * pair + half))
+                        _multiply(builder, mma, out, first, p[tile], v[block, pair][2 * half : 2 * half + 2], fresh=False)
+        out.store()
+
+    return device_intrinsic(emit, [B32.numba, B32.numba, None], types.void)

@@ -43,6 +43,7 @@ __all__ = [
     "lane_id",
     "ldmatrix_x4",
     "ldmatrix_x4_trans",
+    "load_global_2f32",
     "load_global_b16",
     "load_global_b32",
     "load_global_f32",
@@ -60,8 +61,10 @@ __all__ = [
     "round_to_tf32",
     "shared_memory",
     "shuffle_xor",
+    "store_global_2f32",
     "store_global_b16",
     "store_global_b32",
+    "store_global_f32",
     "store_global_f32_if",
     "store_shared_b32",
     "thread_x",
@@ -278,6 +281,16 @@ def store_global_f32_if(condition: B32, address: B64, value: F32) -> None:
     """Store a float where `condition` is not 0; 4-byte aligned."""
 
 
+@_instruction("st.global.v2.f32 [$0+<offset>], {$1, $2};", touches="memory")
+def store_global_2f32(address: B64, x: F32, y: F32, offset: Immediate) -> None:
+    """Store two floats; 8-byte aligned."""
+
+
+@_instruction("st.global.f32 [$0], $1;", touches="memory")
+def store_global_f32(address: B64, value: F32) -> None:
+    """Store a float; 4-byte aligned."""
+
+
 @_instruction("st.global.b16 [$0], $1;", touches="memory")
 def store_global_b16(address: B64, value: B16) -> None:
     """Store 16 bits; 2-byte aligned."""
@@ -286,6 +299,11 @@ def store_global_b16(address: B64, value: B16) -> None:
 @_instruction("st.global.b32 [$0], $1;", touches="memory")
 def store_global_b32(address: B64, value: B32) -> None:
     """Store 32 bits; 4-byte aligned."""
+
+
+@_instruction("ld.global.v2.f32 {$0, $1}, [$2+<offset>];", touches="memory")
+def load_global_2f32(address: B64, offset: Immediate) -> tuple[F32, F32]:
+    """Load two floats, 8-byte aligned."""
 
 
 @_instruction("ld.global.f32 $0, [$1];", touches="memory")
