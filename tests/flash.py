@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
 from oracle import expected
 
-from numbaflash.cuda.arguments import Arrays, Strided
 from numbaflash.cuda.build import build, disassemble
 from numbaflash.cuda.device import EmulatedDevice
-from numbaflash.cuda.flash_v1 import FlashV1
 from numbaflash.cuda.flash_v2 import FlashV2
 from numbaflash.cuda.sass import parse
 from numbaflash.cuda.shapes import tile_shape
-from numbaflash.cuda.variant import Variant
+from numbaflash.cuda.solve import Queue, solve
+from numbaflash.emulator import Report
 from numbaflash.problem import describe
 from numbaflash.reference import visible
 
@@ -38,54 +38,35 @@ def device():
     return EmulatedDevice(AMPERE)
 
 
-@cache
-def loaded(description):
-    return device().load(build(description, AMPERE).ptx, max_shared=description.shared_bytes)
+@dataclass(frozen=True)
+class CountingQueue(Queue):
+    """A queue that keeps what each of its launches would have cost the hardware."""
+
+    reports: list[Report] = field(default_factory=list)
+
+    def launch(self, *args):
+        super().launch(*args)
+        self.reports.append(self.device.last_report)
 
 
-def launch(description, grid, arguments):
-    """Run a kernel and return its counts."""
-    loaded(description).launch(grid, description.threads, *arguments, shared=description.shared_bytes)
-    return device().last_report
-
-
-def run_v2(problem, arrays):
-    flash = flash_of(Variant.of(problem, lse=True))
-    return [launch(flash, flash.grid(problem), flash.arguments(problem, arrays))]
-
-
-def run_v1(problem, arrays):
-    flash = FlashV1.of(Variant.of(problem, lse=True))
-    state = device().allocate(flash.state_bytes(problem))
-    return [launch(flash, flash.grid(problem), flash.arguments(problem, arrays, state.address))]
-
-
-ALGORITHMS = {"v1": run_v1, "v2": run_v2}
-
-
-def attention(q, k, v, *, algorithm="v2", **options):
+def solved(q, k, v, *, algorithm="v2", **options):
     """Return the output, the log-sum-exp and the counts of each launch."""
     problem = describe(q, k, v, **options)
-    scoring = problem.scoring
-    out = np.zeros((*q.shape[:3], v.shape[3]), q.dtype)
-    lse = np.zeros((problem.batch, problem.q_heads, problem.q_tokens), np.float32)
-    host = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "lengths": problem.kv_lengths.astype(np.int32)}
-    host |= {"slopes": scoring.alibi_slopes} if scoring.alibi_slopes is not None else {}
-    host |= {"sinks": scoring.sink_logits} if scoring.sink_logits is not None else {}
-    host |= {"bias": np.ascontiguousarray(options["bias"])} if scoring.bias is not None else {}
-    buffers = {name: device().allocate(array.nbytes) for name, array in host.items()}
-    for name, array in host.items():
-        device().copy_in(buffers[name].address, np.ascontiguousarray(array))
-    strides = {name: np.ascontiguousarray(host[name]).strides for name in ("q", "k", "v", "out")}
-    if scoring.bias is not None:
-        strides["bias"] = np.broadcast_to(host["bias"], scoring.bias.shape).strides
-    arrays = Arrays(
-        **{name: Strided(buffers[name].address, steps) for name, steps in strides.items()},
-        **{name: buffers[name].address for name in ("lse", "lengths", "slopes", "sinks") if name in buffers},
+    queue = CountingQueue(device(), device().default_stream)
+    results = (
+        np.zeros((*q.shape[:3], v.shape[3]), q.dtype),
+        np.zeros((problem.batch, problem.q_heads, problem.q_tokens), np.float32),
     )
-    counts = ALGORITHMS[algorithm](problem, arrays)
-    device().copy_out(out, buffers["out"].address)
-    device().copy_out(lse, buffers["lse"].address)
+    placed = [queue.place(result) for result in results]
+    solve(queue, problem, q, k, v, *placed, algorithm)
+    for array, result in zip(placed, results, strict=True):
+        queue.fetch(array, result)
+    return *results, queue.reports
+
+
+def attention(q, k, v, **options):
+    """Return the output, the log-sum-exp and the counts of the one launch of FlashAttention-2."""
+    out, lse, (counts,) = solved(q, k, v, **options)
     return out, lse, counts
 
 
@@ -127,7 +108,7 @@ def straightforward(q, k, v, **options):
 
 def assert_as_good_as_straightforward(q, k, v, *, algorithm="v2", **options):
     """The kernel's largest error is at most twice that of `straightforward`, both against float64."""
-    out, lse, _ = attention(q, k, v, algorithm=algorithm, **options)
+    out, lse, _ = solved(q, k, v, algorithm=algorithm, **options)
     want, want_lse = expected(q, k, v, **options)
     plain = straightforward(q, k, v, **options).astype(np.float64)
     error, allowed = (np.abs(x - want).max(initial=0) for x in (out.astype(np.float64), plain))

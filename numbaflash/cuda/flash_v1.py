@@ -7,9 +7,9 @@ tiles that see it pass by:
         for each query tile i:
             S = Q_i K_j^T;  m, P, l = online softmax(S);  O_i = (rescaled O_i + P V_j) / l
 
-O, m and l of a tile are read from global memory before and written back after: `state_bytes` of them, in float32, since
-O rounded to 16 bits once per K/V block would lose more than attention written out does. FlashAttention-2 turns the loops
-around, and keeps all of that in registers.
+O, m and l of a tile are read from global memory before and written back after. They are float32 there: O rounded to 16
+bits once per K/V block would lose more than attention written out does. FlashAttention-2 turns the loops around, and
+keeps all of that in registers.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ __all__ = ["FlashV1", "block_sizes"]
 def block_sizes(head_dim: int, value_dim: int, *, scored: bool = False) -> TileShape:
     """Return Bc (`keys`) and Br (`queries`) of line 1 of the algorithm, and how warps share them.
 
-    The paper takes a quarter of shared memory for each of K, V, Q and O, for O and Q are read once per K/V block: the
-    more keys a block has, the fewer times. Here O is in registers, so K and V take 64 KiB and Q 8 to 32 KiB, which two
-    blocks find on 8.0 and 9.0 up to a head dim of 128, and one on 8.6 and 8.9 at any. Of 16 rows a warp, S and O take
-    128 to 160 registers a thread; of 32 they would spill, as do 256 keys where a score is more than scale * q.k (`scored`).
+    The paper gives a quarter of fast memory to each of K, V, Q and O: the more keys a block has, the fewer times Q and O
+    are read. Here O is in registers. K and V take 64 KiB, Q 8 to 32: two blocks fit on 8.0 and 9.0 up to a head dim of
+    128, one on 8.6 and 8.9 at any. S and O take 128 to 160 registers a thread with 16 rows a warp. With 32 they would
+    spill, as they do with 256 keys where a score is more than scale * q.k (`scored`).
     """
     widest = max(head_dim, value_dim)
     if widest <= 128:
@@ -65,9 +65,7 @@ class FlashV1:
     @classmethod
     def of(cls, variant: Variant) -> FlashV1:
         """Return the kernel of a variant, with the blocks that `block_sizes` has for it."""
-        return cls(
-            variant, block_sizes(variant.head_dim, variant.value_dim, scored=variant.scoring.in_log2_units)
-        )
+        return cls(variant, block_sizes(variant.head_dim, variant.value_dim, scored=variant.scoring.in_log2_units))
 
     @property
     def threads(self) -> int:
@@ -246,8 +244,10 @@ class FlashV1:
                 O[x] = float32(0)
             for r in range(ROWS):
                 m[r], l[r] = float32(NOTHING_SEEN), float32(0)
-            for i in range(tiles):
-                write_state(O_at + 4 * VALUE_DIM * Br * i, m_at + 4 * Br * i, l_at + 4 * Br * i, O, m, l, leads)
+            for tile in range(tiles):
+                write_state(
+                    O_at + 4 * VALUE_DIM * Br * tile, m_at + 4 * Br * tile, l_at + 4 * Br * tile, O, m, l, leads
+                )
 
             # Line 5.
             for j in range(blocks):
@@ -319,19 +319,19 @@ class FlashV1:
 
             # O in the arrays' dtype, and the log-sum-exp.
             sink = float32(ptx.load_global_f32(sinks + 4 * head) * LOG2) if SINKS else float32(0)
-            for i in range(tiles):
-                state_row = int64(i * Br)
+            for tile in range(tiles):
+                state_row = int64(tile * Br)
                 ptx.cp_async_wait()
                 cuda.syncthreads()  # nobody reads or writes the tiles: O may have their place
                 read_state(O_at + 4 * VALUE_DIM * state_row, m_at + 4 * state_row, l_at + 4 * state_row, O, m, l)
                 scale_fragments(O, l)
                 share_among_lanes(l, leads)
-                row = int32(i * Br + tile_row)
+                row = int32(tile * Br + tile_row)
                 lse_at = lse + 4 * ((batch * q_heads + head) * int64(q_tokens) + row)
                 finish_rows(m, l, O, sink, lse_at, q_tokens - row)
                 stage_output(O_chunk(shared, tile_row, 0) + 2 * column, O)
                 cuda.syncthreads()
                 O_to = out + batch * out_batch + head * out_head + (state_row + O_row) * out_row + O_column * CHUNK
-                store_rows(O_chunk(shared, O_row, O_column), O_to, out_row, O_column, q_tokens - i * Br - O_row)
+                store_rows(O_chunk(shared, O_row, O_column), O_to, out_row, O_column, q_tokens - tile * Br - O_row)
 
         return flash_v1

@@ -1,8 +1,8 @@
 """Fragments of results in float32 on their way to global memory and back, and what is done to their rows as a whole.
 
 The four lanes of a row hold 8 successive floats of it, 8 bytes each: a whole sector. So they go straight from registers
-to a row-major matrix, with nothing lost. A lane holds (PTX ISA, "Matrix Fragments for mma.m16n8k16") of each 16 rows the
-elements 2t and 2t + 1 of rows g and g + 8, with g = lane / 4 and t = lane % 4: its rows are 8 apart.
+to a row-major matrix, with nothing lost. Of each 16x8 tile a lane holds two floats of its row and of the one 8 below
+(`products`).
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from numba.cuda import types
 
 from . import ptx
 from .products import element
-from .ptx import B32, B64, F32, constant, device_intrinsic
+from .ptx import B64, constant, device_intrinsic
 from .tile import Registers, row_offset
 
 __all__ = ["load_fragments", "scale_fragments", "store_fragments", "total_rows"]
 
 
 def load_fragments(rows: int, columns: int) -> Any:
-    """Return a device function (address of the lane's first element, bytes from row to row, array) that fills the array.
+    """Return a device function that loads a warp's tile into a register array.
+
+    Its arguments: the address of the lane's first element, bytes from row to row, and the array.
 
     Args:
         rows: Rows of which a lane holds elements.

@@ -66,7 +66,7 @@ class WarpTile:
 
 
 def element(column_tiles: int, row: int, column: int) -> int:
-    """Index of a lane's element of a warp tile with so many tiles of 8 columns: `row` and `column` as for `WarpTile.score`."""
+    """Index of a lane's element of a warp tile that is `column_tiles` of 8 columns wide; the rest as for `score`."""
     return ((row // 2) * column_tiles + column // 2) * 4 + (row % 2) * 2 + column % 2
 
 
@@ -255,7 +255,9 @@ def multiply_values(warp: WarpTile, weights: SharedTile, values: SharedTile) -> 
                 for half in range(2):
                     for tile in range(warp.row_tiles):
                         first = warp.output(2 * tile, 2 * (2 * pair + half))
-                        _multiply(builder, mma, out, first, p[tile], v[block, pair][2 * half : 2 * half + 2], fresh=False)
+                        _multiply(
+                            builder, mma, out, first, p[tile], v[block, pair][2 * half : 2 * half + 2], fresh=False
+                        )
         out.store()
 
     return device_intrinsic(emit, [B32.numba, B32.numba, None], types.void)

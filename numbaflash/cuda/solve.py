@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numbaflash.device_arrays import DeviceArray, contiguous_strides
-from numbaflash.problem import BFLOAT16, FLOAT16, AttentionProblem
+from numbaflash.problem import BFLOAT16, FLOAT16, FLOAT32, AttentionProblem
 
 from .arguments import Arrays, Strided
 from .build import Buildable, build
 from .copy_rows import CopyRows
 from .device import Device, Dimensions, Stream
+from .flash_v1 import FlashV1
 from .flash_v2 import FlashV2
 from .shapes import tile_shape
 from .tile import CHUNK
@@ -118,6 +119,12 @@ class Task:
     lse: bool
 
 
+def _flash_v1(queue: Queue, task: Task) -> None:
+    flash = FlashV1.of(Variant.of(task.problem, lse=task.lse))
+    state = queue.empty((flash.state_bytes(task.problem) // FLOAT32.itemsize,), FLOAT32)
+    queue.launch(flash, flash.grid(task.problem), flash.arguments(task.problem, task.arrays, state.address))
+
+
 def _flash_v2(queue: Queue, task: Task) -> None:
     variant = Variant.of(task.problem, lse=task.lse)
     shape = tile_shape(
@@ -144,7 +151,7 @@ class Solver:
     run: Callable[[Queue, Task], None]
 
 
-ALGORITHMS = {"v2": Solver((FLOAT16, BFLOAT16), _flash_v2)}
+ALGORITHMS = {"v1": Solver((FLOAT16, BFLOAT16), _flash_v1), "v2": Solver((FLOAT16, BFLOAT16), _flash_v2)}
 
 
 def check_solvable(problem: AttentionProblem, algorithm: str) -> None:

@@ -150,6 +150,16 @@ def test_arrays_that_do_not_fit_raise_before_the_device_is_touched():
 
 
 @pytest.mark.usefixtures("no_device")
+@pytest.mark.parametrize("algorithm", solve.ALGORITHMS)
+def test_every_algorithm_raises_before_the_device_is_touched(algorithm):
+    q, k, v = tokens()
+    with pytest.raises(ValueError, match="bias must broadcast"):
+        numbaflash.attention(q, k, v, bias=np.zeros(3, np.float32), algorithm=algorithm, backend="emulated")
+    with pytest.raises(TypeError, match="k must have q's dtype"):
+        numbaflash.attention(q, k.astype(np.float32), v, algorithm=algorithm, backend="emulated")
+
+
+@pytest.mark.usefixtures("no_device")
 def test_what_no_kernel_solves_is_named_with_what_they_take(monkeypatch):
     q, k, v = tokens()
     monkeypatch.setattr(solve, "ALGORITHMS", {"v2": solve.Solver((FLOAT16,), solve.ALGORITHMS["v2"].run)})
