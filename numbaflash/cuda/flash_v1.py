@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import cuda, float32, int32, int64
@@ -39,8 +39,8 @@ __all__ = ["FlashV1", "block_sizes"]
 def block_sizes(head_dim: int, value_dim: int, *, scored: bool = False) -> TileShape:
     """Return Bc (`keys`) and Br (`queries`) of line 1 of the algorithm, and how warps share them.
 
-    The paper gives a quarter of fast memory to each of K, V, Q and O: the more keys a block has, the fewer times Q and O
-    are read. Here O is in registers. K and V take 64 KiB, Q 8 to 32: two blocks fit on 8.0 and 9.0 up to a head dim of
+    The paper gives a quarter of fast memory to each of K, V, Q and O: the more keys a block has, the fewer times Q and
+    O are read. Here O is in registers. K and V take 64 KiB, Q 8 to 32: two blocks fit on 8.0 and 9.0 up to a head dim of
     128, one on 8.6 and 8.9 at any. S and O take 128 to 160 registers a thread with 16 rows a warp. With 32 they would
     spill, as they do with 256 keys where a score is more than scale * q.k (`scored`).
     """
@@ -48,6 +48,14 @@ def block_sizes(head_dim: int, value_dim: int, *, scored: bool = False) -> TileS
     if widest <= 128:
         return TileShape(64, 128 if scored or widest > 64 else 256, 4, 2, k_ahead=2, v_ahead=2, copy_after=0)
     return TileShape(64, 64, 4, 1, k_ahead=2, v_ahead=2, copy_after=0)
+
+
+class State(NamedTuple):
+    """Where a thread finds its shares of O, m and l of the first query tile in global memory."""
+
+    O: Any
+    m: Any
+    l: Any
 
 
 @dataclass(frozen=True)
@@ -178,17 +186,20 @@ class FlashV1:
         store_rows = epilogue.store_rows(O_tile, threads)
 
         @cuda.jit(device=True, inline="always")  # a call would make Numba ask for a GPU
-        def read_state(O_at, m_at, l_at, O, m, l):  # noqa: E741
-            load_fragments(O_at, int64(4 * VALUE_DIM), O)
+        def read_state(state, tile, O, m, l):  # noqa: E741
+            row = int64(tile * Br)
+            load_fragments(state.O + 4 * VALUE_DIM * row, int64(4 * VALUE_DIM), O)
             for r in range(ROWS):
-                m[r], l[r] = ptx.load_global_f32(m_at + 32 * r), ptx.load_global_f32(l_at + 32 * r)
+                m[r] = ptx.load_global_f32(state.m + 4 * (row + 8 * r))
+                l[r] = ptx.load_global_f32(state.l + 4 * (row + 8 * r))
 
         @cuda.jit(device=True, inline="always")
-        def write_state(O_at, m_at, l_at, O, m, l, leads):  # noqa: E741
-            store_fragments(O_at, int64(4 * VALUE_DIM), O)
+        def write_state(state, tile, O, m, l, leads):  # noqa: E741
+            row = int64(tile * Br)
+            store_fragments(state.O + 4 * VALUE_DIM * row, int64(4 * VALUE_DIM), O)
             for r in range(ROWS):
-                ptx.store_global_f32_if(leads, m_at + 32 * r, m[r])
-                ptx.store_global_f32_if(leads, l_at + 32 * r, l[r])
+                ptx.store_global_f32_if(leads, state.m + 4 * (row + 8 * r), m[r])
+                ptx.store_global_f32_if(leads, state.l + 4 * (row + 8 * r), l[r])
 
         @cuda.jit(device=True, inline="always")
         def share_among_lanes(l, leads):  # noqa: E741
@@ -228,8 +239,11 @@ class FlashV1:
             K_from = k + batch * k_batch + kv_head * k_head + (Bc - K_STEP + K_row) * k_row + K_column * CHUNK
             V_from = v + batch * v_batch + kv_head * v_head + (Bc - V_STEP + V_row) * v_row + V_column * CHUNK
             first_row = (batch * q_heads + head) * int64(tiles * Br) + tile_row
-            O_at = state_out + 4 * (first_row * VALUE_DIM + column)
-            m_at, l_at = state_max + 4 * first_row, state_sum + 4 * first_row
+            state = State(
+                O=state_out + 4 * (first_row * VALUE_DIM + column),
+                m=state_max + 4 * first_row,
+                l=state_sum + 4 * first_row,
+            )
 
             S = cuda.local.array(SCORES, float32)
             O = cuda.local.array(OUTPUTS, float32)  # noqa: E741
@@ -245,9 +259,7 @@ class FlashV1:
             for r in range(ROWS):
                 m[r], l[r] = float32(NOTHING_SEEN), float32(0)
             for tile in range(tiles):
-                write_state(
-                    O_at + 4 * VALUE_DIM * Br * tile, m_at + 4 * Br * tile, l_at + 4 * Br * tile, O, m, l, leads
-                )
+                write_state(state, tile, O, m, l, leads)
 
             # Line 5.
             for j in range(blocks):
@@ -270,8 +282,7 @@ class FlashV1:
                 # Line 7.
                 while i < end:
                     # Line 8.
-                    state_row = int64(i * Br)
-                    read_state(O_at + 4 * VALUE_DIM * state_row, m_at + 4 * state_row, l_at + 4 * state_row, O, m, l)
+                    read_state(state, i, O, m, l)
                     ptx.cp_async_wait()
                     cuda.syncthreads()  # Q, and before the first one K and V, are there
 
@@ -301,11 +312,10 @@ class FlashV1:
                     share_among_lanes(l, leads)
                     raise_maxima(top, float32(1) if SCORED else scale, m, l, O)
                     cuda.syncthreads()  # nobody reads Q: the next one may come
-                    i += int32(1)
-                    Q_rows = q_tokens - i * Br - Q_row if i < end else 0
+                    Q_rows = q_tokens - (i + 1) * Br - Q_row if i + 1 < end else 0
                     add_weighted_values(
                         V_at, S, float32(1) if SCORED else scale, m, l, O,
-                        Q_to, Q_from + int64(i * Br) * q_row, Q_STEP * q_row, Q_column, Q_rows,
+                        Q_to, Q_from + int64((i + 1) * Br) * q_row, Q_STEP * q_row, Q_column, Q_rows,
                     )  # fmt: skip
                     total_rows(l)
                     for r in range(ROWS):
@@ -313,17 +323,15 @@ class FlashV1:
                     scale_fragments(O, inverse)
 
                     # Lines 12 and 13.
-                    write_state(
-                        O_at + 4 * VALUE_DIM * state_row, m_at + 4 * state_row, l_at + 4 * state_row, O, m, l, leads
-                    )
+                    write_state(state, i, O, m, l, leads)
+                    i += int32(1)
 
             # O in the arrays' dtype, and the log-sum-exp.
             sink = float32(ptx.load_global_f32(sinks + 4 * head) * LOG2) if SINKS else float32(0)
             for tile in range(tiles):
-                state_row = int64(tile * Br)
                 ptx.cp_async_wait()
                 cuda.syncthreads()  # nobody reads or writes the tiles: O may have their place
-                read_state(O_at + 4 * VALUE_DIM * state_row, m_at + 4 * state_row, l_at + 4 * state_row, O, m, l)
+                read_state(state, tile, O, m, l)
                 scale_fragments(O, l)
                 share_among_lanes(l, leads)
                 row = int32(tile * Br + tile_row)
@@ -331,7 +339,9 @@ class FlashV1:
                 finish_rows(m, l, O, sink, lse_at, q_tokens - row)
                 stage_output(O_chunk(shared, tile_row, 0) + 2 * column, O)
                 cuda.syncthreads()
-                O_to = out + batch * out_batch + head * out_head + (state_row + O_row) * out_row + O_column * CHUNK
+                O_to = (
+                    out + batch * out_batch + head * out_head + (int64(tile * Br) + O_row) * out_row + O_column * CHUNK
+                )
                 store_rows(O_chunk(shared, O_row, O_column), O_to, out_row, O_column, q_tokens - tile * Br - O_row)
 
         return flash_v1
