@@ -40,9 +40,9 @@ def block_sizes(head_dim: int, value_dim: int, *, scored: bool = False) -> TileS
     """Return Bc (`keys`) and Br (`queries`) of line 1 of the algorithm, and how warps share them.
 
     The paper gives a quarter of fast memory to each of K, V, Q and O: the more keys a block has, the fewer times Q and
-    O are read. Here O is in registers. K and V take 64 KiB, Q 8 to 32: two blocks fit on 8.0 and 9.0 up to a head dim of
-    128, one on 8.6 and 8.9 at any. S and O take 128 to 160 registers a thread with 16 rows a warp. With 32 they would
-    spill, as they do with 256 keys where a score is more than scale * q.k (`scored`).
+    O are read. Here O is in registers. K and V take 64 KiB, Q 8 to 32: two blocks fit on 8.0 and 9.0 up to a head dim
+    of 128, one on 8.6 and 8.9 at any. S and O take 128 to 160 registers a thread with 16 rows a warp. With 32 they
+    would spill, as they do with 256 keys where a score is more than scale * q.k (`scored`).
     """
     widest = max(head_dim, value_dim)
     if widest <= 128:
@@ -53,9 +53,9 @@ def block_sizes(head_dim: int, value_dim: int, *, scored: bool = False) -> TileS
 class State(NamedTuple):
     """Where a thread finds its shares of O, m and l of the first query tile in global memory."""
 
-    O: Any
-    m: Any
-    l: Any
+    out: Any
+    row_max: Any
+    row_sum: Any
 
 
 @dataclass(frozen=True)
@@ -188,18 +188,18 @@ class FlashV1:
         @cuda.jit(device=True, inline="always")  # a call would make Numba ask for a GPU
         def read_state(state, tile, O, m, l):  # noqa: E741
             row = int64(tile * Br)
-            load_fragments(state.O + 4 * VALUE_DIM * row, int64(4 * VALUE_DIM), O)
+            load_fragments(state.out + 4 * VALUE_DIM * row, int64(4 * VALUE_DIM), O)
             for r in range(ROWS):
-                m[r] = ptx.load_global_f32(state.m + 4 * (row + 8 * r))
-                l[r] = ptx.load_global_f32(state.l + 4 * (row + 8 * r))
+                m[r] = ptx.load_global_f32(state.row_max + 4 * (row + 8 * r))
+                l[r] = ptx.load_global_f32(state.row_sum + 4 * (row + 8 * r))
 
         @cuda.jit(device=True, inline="always")
         def write_state(state, tile, O, m, l, leads):  # noqa: E741
             row = int64(tile * Br)
-            store_fragments(state.O + 4 * VALUE_DIM * row, int64(4 * VALUE_DIM), O)
+            store_fragments(state.out + 4 * VALUE_DIM * row, int64(4 * VALUE_DIM), O)
             for r in range(ROWS):
-                ptx.store_global_f32_if(leads, state.m + 4 * (row + 8 * r), m[r])
-                ptx.store_global_f32_if(leads, state.l + 4 * (row + 8 * r), l[r])
+                ptx.store_global_f32_if(leads, state.row_max + 4 * (row + 8 * r), m[r])
+                ptx.store_global_f32_if(leads, state.row_sum + 4 * (row + 8 * r), l[r])
 
         @cuda.jit(device=True, inline="always")
         def share_among_lanes(l, leads):  # noqa: E741
@@ -240,9 +240,9 @@ class FlashV1:
             V_from = v + batch * v_batch + kv_head * v_head + (Bc - V_STEP + V_row) * v_row + V_column * CHUNK
             first_row = (batch * q_heads + head) * int64(tiles * Br) + tile_row
             state = State(
-                O=state_out + 4 * (first_row * VALUE_DIM + column),
-                m=state_max + 4 * first_row,
-                l=state_sum + 4 * first_row,
+                out=state_out + 4 * (first_row * VALUE_DIM + column),
+                row_max=state_max + 4 * first_row,
+                row_sum=state_sum + 4 * first_row,
             )
 
             S = cuda.local.array(SCORES, float32)
