@@ -23,8 +23,9 @@ text for sm_70 to sm_90a. Arrays are changed in place. `load` and `GlobalMemory`
 - bounds and alignment of every access to global, shared and local memory. Arrays lie 256-byte aligned and no more, as
   cudaMalloc has it, with room between them; static shared arrays lie aligned as they declare and no more;
 - reads of shared and local memory that was never written, and of `cp.async` data that was not waited for;
-- races in shared memory: between warps that no barrier orders (named barriers included), and between lanes of a warp
-  that was not converged at one of the accesses. Writes of the value that is there already are no race;
+- races in shared memory: between warps that nothing orders, and between lanes of a warp that was not converged at one
+  of the accesses. Barriers order (named ones and `syncwarp` included), and so do fences with atomic, volatile, release
+  or acquire accesses to a flag or a lock. Writes of the value that is there already are no race;
 - races in global memory between blocks of a launch; a fence followed by an atomic (or a volatile, release or acquire
   access) on one side and one on the other orders them. Kernels with fences are checked in grids of up to 8192 blocks;
 - barriers that not all threads reach, or that warps reach at different places; matrix instructions and other
@@ -41,8 +42,6 @@ is so for wgmma, TMA (`cp.async.bulk`), mbarriers, clusters, textures, `vprintf`
 - time: caches, latencies, occupancy, and what `%clock` and `%globaltimer` would read (0);
 - memory ordering: memory is sequentially consistent. Races are looked for, weak orders are not tried. Global races
   between threads of one block, and intra-warp order other than by convergence, are not looked for;
-- shared memory that warps hand over by a flag (fences and atomics) instead of a barrier: such a kernel is right, and is
-  reported as a race all the same: launch it with `Checks(shared_races=False)`;
 - the order of blocks and warps: lowest program counter first, blocks in chunks, one after the other. A block that
   waits for one of a later chunk waits forever;
 - the order of rounding inside an `mma` (here one product after the other in float32; hardware truncates sums of

@@ -6,9 +6,8 @@ other party); the code is 0 or one of those in `FAULTS`.
 Shadow state is kept per granule: as many bytes as the narrowest access of the kernel to that space. Accesses are
 aligned, so each covers whole granules.
 
-Order between the warps of a block is a vector clock per warp (Flanagan and Freund, "FastTrack", PLDI 2009): `clocks[w,
-u]` is the last interval of warp u that happened before what warp w does now; barriers join the rows. An access is
-stamped with the clock of its warp, and with whether its warp was converged: lanes of one converged warp run in step.
+An access to shared memory is stamped with its thread, the interval that the thread is in (`order` says which intervals
+happened before which), and with whether its warp was converged: lanes of one converged warp run in step.
 """
 
 # mypy: disable-error-code="no-any-return"
@@ -21,6 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+
+from .order import Clocks, ordered, ordered_after_some
 
 Array = NDArray[Any]
 
@@ -53,7 +54,7 @@ class Shared(NamedTuple):
         writer: Stamp of the last write by granule.
         reader: Stamp of the last read by granule.
         other_reader: Stamp of the last read by another warp than `reader`'s.
-        clocks: (blocks, warps, warps), see the module's docstring.
+        clocks: What happened before what.
         lowest: First address that exists.
         limit: First address that does not.
         stride: Bytes from one block to the next.
@@ -68,7 +69,7 @@ class Shared(NamedTuple):
     writer: Array
     reader: Array
     other_reader: Array
-    clocks: Array
+    clocks: Clocks
     lowest: int
     limit: int
     stride: int
@@ -79,17 +80,16 @@ class Shared(NamedTuple):
 
 
 @njit(cache=True)
-def _conflicts(stamp: int, thread: int, converged: bool, clocks: Array) -> bool:
+def _conflicts(clocks: Clocks, block: int, stamp: int, thread: int, converged: bool) -> bool:
     """Whether an earlier access is not ordered before one that `thread` makes now."""
     if stamp == 0:
         return False
-    other = stamp & _THREAD
-    if other == thread and not stamp & _SEVERAL:
+    other, interval = stamp & _THREAD, stamp >> _INTERVAL
+    if other >> 5 == thread >> 5 and converged and stamp & _CONVERGED:
         return False
-    warp, other_warp = thread >> 5, other >> 5
-    if warp != other_warp:
-        return stamp >> _INTERVAL > clocks[warp, other_warp]
-    return stamp >> _INTERVAL == clocks[warp, warp] and not (converged and stamp & _CONVERGED)
+    if other != thread:
+        return not ordered(clocks, block, interval, other, thread)
+    return stamp & _SEVERAL != 0 and not ordered_after_some(clocks, block, interval, thread)
 
 
 @njit(cache=True)
@@ -108,8 +108,7 @@ def shared_read(
             return ALIGNMENT, i, -1
         block = lanes[i] // s.lanes_per_block
         thread = lanes[i] - block * s.lanes_per_block
-        clocks = s.clocks[block]
-        stamp = clocks[thread >> 5, thread >> 5] << _INTERVAL | thread | (_CONVERGED if converged[i] else 0)
+        stamp = s.clocks.own[block, thread] << _INTERVAL | thread | (_CONVERGED if converged[i] else 0)
         first = block * s.stride + at >> s.shift
         for granule in range(first, first + max(size >> s.shift, 1)):
             state = s.state[granule]
@@ -119,14 +118,14 @@ def shared_read(
                 return UNINITIALIZED, i, -1
             if s.races:
                 written = s.writer[granule]
-                if not (strong and written & _ATOMIC) and _conflicts(written, thread, converged[i], clocks):
-                    return READ_AFTER_WRITE, i, s.writer[granule] & _THREAD
+                if not (strong and written & _ATOMIC) and _conflicts(s.clocks, block, written, thread, converged[i]):
+                    return READ_AFTER_WRITE, i, written & _THREAD
                 last = s.reader[granule]
                 if last != stamp and not strong:
                     if last != 0 and (last & _THREAD) >> 5 != thread >> 5:
                         s.other_reader[granule] = last
                         s.reader[granule] = stamp
-                    elif last >> _INTERVAL == stamp >> _INTERVAL and last & _THREAD != thread:
+                    elif last >> _INTERVAL == stamp >> _INTERVAL and _conflicts(s.clocks, block, last, thread, False):
                         both = last & stamp & _CONVERGED
                         s.reader[granule] = stamp & ~_CONVERGED | both | _SEVERAL
                     else:
@@ -165,8 +164,7 @@ def shared_write(
             return ALIGNMENT, i, -1
         block = lanes[i] // s.lanes_per_block
         thread = lanes[i] - block * s.lanes_per_block
-        clocks = s.clocks[block]
-        stamp = clocks[thread >> 5, thread >> 5] << _INTERVAL | thread | (_CONVERGED if converged[i] else 0)
+        stamp = s.clocks.own[block, thread] << _INTERVAL | thread | (_CONVERGED if converged[i] else 0)
         if strong:
             stamp |= _ATOMIC
         start = block * s.stride + at
@@ -183,10 +181,10 @@ def shared_write(
             if s.races:
                 last = s.writer[granule]
                 if not (strong and last & _ATOMIC):
-                    if not same and _conflicts(last, thread, converged[i], clocks):
+                    if not same and _conflicts(s.clocks, block, last, thread, converged[i]):
                         return WRITE_AFTER_WRITE, i, last & _THREAD
                     for reader in (s.reader[granule], s.other_reader[granule]):
-                        if not same and _conflicts(reader, thread, converged[i], clocks):
+                        if not same and _conflicts(s.clocks, block, reader, thread, converged[i]):
                             return WRITE_AFTER_READ, i, reader & _THREAD
                 s.writer[granule] = stamp
             s.state[granule] = state
@@ -202,8 +200,7 @@ def complete_copy(s: Shared, lanes: Array, address: Array, converged: Array, siz
     for i in range(lanes.size):
         block = lanes[i] // s.lanes_per_block
         thread = lanes[i] - block * s.lanes_per_block
-        clock = s.clocks[block, thread >> 5, thread >> 5]
-        stamp = clock << _INTERVAL | thread | (_CONVERGED if converged[i] else 0)
+        stamp = s.clocks.own[block, thread] << _INTERVAL | thread | (_CONVERGED if converged[i] else 0)
         first = block * s.stride + address[i] >> s.shift
         for granule in range(first, first + max(size >> s.shift, 1)):
             s.state[granule] = READY

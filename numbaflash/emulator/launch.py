@@ -167,7 +167,7 @@ def _run(
     blocks, threads = dimensions(grid, "grid"), dimensions(block, "block")
     _check_limits(program, blocks, threads, shared)
     symbols = _module_variables(program, memory)
-    fences = any(x.parts[0] in ("membar", "fence") for x in program.instructions)
+    fences = program.names.fences
     total = int(np.prod(blocks))
     # who has been told of whose writes takes blocks x blocks bytes
     races = checks.global_races and not (fences and total > _MOST_ORDERED)

@@ -55,6 +55,8 @@ class Machine(Threads):
         found = checks.shared_read(self.shared, g.lanes, address, g.converged, site.size, site.strong)
         if found[0]:
             self._fault(g, site, "shared", address, found)
+        if site.strong and self.program.names.fences:
+            self.order.load(g, address)
         self._count_shared(site, g.lanes, address)
         return _elements(self.shared.data, g.take(self.shared_base) + address, site.size, count)
 
@@ -66,6 +68,8 @@ class Machine(Threads):
         )
         if found[0]:
             self._fault(g, site, "shared", address, found)
+        if site.strong and self.program.names.fences:
+            self.order.store(g, address)
         self._count_shared(site, g.lanes, address)
 
     def load_global(self, g: Group, site: Site, address: Array, count: int) -> list[Array]:
@@ -164,7 +168,10 @@ class Machine(Threads):
         if found[0]:
             self._fault(g, site, "shared", address, found)
         self._count_shared(site, g.lanes, address)
-        return atomic(self.shared.data, g.take(self.shared_base) + address, name, kind, values)
+        before = atomic(self.shared.data, g.take(self.shared_base) + address, name, kind, values)
+        if self.program.names.fences:  # a compare-and-swap that fails writes nothing
+            self.order.update(g, address, before == values[0] if name == "cas" else np.ones(g.n, np.bool_))
+        return before
 
     def atomic_global(self, g: Group, site: Site, address: Array, name: str, kind: str, *values: Array) -> Array:
         """One read-modify-write per lane, in the order of lanes."""
@@ -187,7 +194,8 @@ class Machine(Threads):
         return out
 
     def fence(self, g: Group, device_wide: bool) -> None:
-        """membar, fence: the blocks' next atomics publish what they wrote."""
+        """membar, fence: the next atomics publish what was written before."""
+        self.order.fence(g)
         if device_wide:
             self.fenced[np.unique(g.take(self.block)) - self.first] = True
 
@@ -287,23 +295,10 @@ class Machine(Threads):
         """elect.sync."""
         return collectives.elect(g, mask, self._reporter(g, here, "collective"))
 
-    def warp_barrier(self, g: Group) -> None:
-        """bar.warp.sync: what the lanes did before is ordered before what they do after."""
-        block, warp = np.divmod(g.warps, self.warps_per_block)
-        self.shared.clocks[block, warp, warp] += 1
-
-    def join(self, block: int, warps: Array) -> None:
-        """A barrier of a block: all that its warps did before is ordered before all that they do after."""
-        clocks = self.shared.clocks[block]
-        clocks[warps] = clocks[warps].max(axis=0)
-        clocks[warps, warps] += 1
-
-    def join_all(self) -> None:
-        """A barrier of every block, by all of its warps."""
-        clocks = self.shared.clocks
-        clocks[:] = clocks.max(axis=1, keepdims=True)
-        every = np.arange(self.warps_per_block)
-        clocks[:, every, every] += 1
+    def warp_barrier(self, g: Group, here: Instruction, mask: Array) -> None:
+        """bar.warp.sync: what the lanes of a mask did before is ordered before what they do after."""
+        collectives.members(g, mask, self._reporter(g, here, "collective"))
+        self.order.join_lanes(g, mask)
 
     # ---- matrices
 

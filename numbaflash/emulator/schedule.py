@@ -25,13 +25,39 @@ _PATIENCE = 1024
 
 
 @dataclass
-class _Barrier:
-    """Warps of one block at one of its barriers."""
+class _Arrival:
+    """Threads that have come to a barrier together; `votes` are their predicates at a bar.red."""
 
-    waiting: list[tuple[Array, int, Array | None]] = field(default_factory=list)
-    warps: list[int] = field(default_factory=list)
+    lanes: Array
+    pc: int
+    kind: str
+    votes: Array | None
+
+    def pick(self, chosen: Array) -> _Arrival:
+        """Some of the threads."""
+        votes = None if self.votes is None else self.votes[chosen]
+        return _Arrival(self.lanes[chosen], self.pc, self.kind, votes)
+
+
+@dataclass
+class _Barrier:
+    """One block's threads at one of its barriers.
+
+    Attributes:
+        early: Threads that wait for the others of their own warp, at a barrier without .aligned.
+        came: Threads of the warps that count as arrived.
+        warps: Those warps.
+        arrived: How many threads they count for.
+        expected: The count that the instruction gives; None where all threads of the block must come.
+        told: What all of them did before, as a clock (see `order`).
+    """
+
+    expected: int | None
+    told: Array
+    early: list[_Arrival] = field(default_factory=list)
+    came: list[_Arrival] = field(default_factory=list)
+    warps: set[int] = field(default_factory=set)
     arrived: int = 0
-    expected: int | None = None
 
 
 class Scheduler:
@@ -195,75 +221,95 @@ class Scheduler:
         self.machine.alive[group.lanes] = False
         # who was converged may have changed for the others: their groups are made anew
         self.ready = {pc: (self._group(other.lanes), since) for pc, (other, since) in self.ready.items()}
+        for key in [key for key, barrier in self.barriers.items() if barrier.early]:
+            if key in self.barriers:
+                self._gather(key)
 
     # ---- barriers
 
     def _arrive(self, pc: int, group: Group, number: Any, count: Any, predicate: Any) -> None:
-        """Takes warps to a barrier, and lets those go on whose barrier is complete."""
+        """Takes threads to a barrier, and lets those go on whose barrier is complete."""
         machine = self.machine
-        kind = next(x for x in self.program.instructions[pc].parts if x in ("sync", "red", "arrive"))
+        parts = self.program.instructions[pc].parts
+        kind = next(x for x in parts if x in ("sync", "red", "arrive"))
         if group.full and kind == "sync" and count is None and not self.barriers and np.size(number) == 1:
-            machine.join_all()
+            machine.order.join_blocks()
             self._push(pc + 1, group)
             return
+        aligned = parts[0] == "bar" or "aligned" in parts
         numbers = np.broadcast_to(number, group.n)
         counts = None if count is None else np.broadcast_to(count, group.n)
+        votes = None if predicate is None else np.broadcast_to(predicate, group.n)
+        arrival = _Arrival(group.lanes, pc, kind, votes)
         for block in np.unique(group.lanes // machine.lanes_per_block):
             mine = group.lanes // machine.lanes_per_block == block
             for name in np.unique(numbers[mine]):
                 chosen = mine & (numbers == name)
                 wanted = None if counts is None else int(counts[chosen][0])
-                self._arrive_block(pc, group, chosen, (int(block), int(name)), wanted, predicate, kind)
+                self._arrive_block(arrival.pick(chosen), (int(block), int(name)), wanted, aligned)
 
-    def _arrive_block(
-        self,
-        pc: int,
-        group: Group,
-        chosen: Array,
-        key: tuple[int, int],
-        wanted: int | None,
-        predicate: Any,
-        kind: str,
-    ) -> None:
-        machine = self.machine
-        lanes = group.lanes[chosen]
-        part = self._group(lanes)
-        barrier = self.barriers.setdefault(key, _Barrier())
-        if key[1] > 15:
-            self._fail_at(pc, part, f"barrier {key[1]}: a block has barriers 0 to 15", "barrier")
+    def _arrive_block(self, arrival: _Arrival, key: tuple[int, int], wanted: int | None, aligned: bool) -> None:
+        block, name = key
+        machine, part, pc = self.machine, self._group(arrival.lanes), arrival.pc
+        barrier = self.barriers.get(key)
+        if barrier is None:
+            barrier = self.barriers[key] = _Barrier(wanted, np.zeros(machine.lanes_per_block, np.int32))
+        if name > 15:
+            self._fail_at(pc, part, f"barrier {name}: a block has barriers 0 to 15", "barrier")
         if wanted is not None and (wanted % WARP or wanted == 0):
             self._fail_at(pc, part, f"barrier count {wanted} is no multiple of {WARP}", "barrier")
-        if barrier.arrived and barrier.expected != wanted:
-            self._fail_at(pc, part, f"warps wait at barrier {key[1]} with different counts", "barrier")
-        barrier.expected = wanted
-        elsewhere = [other for _, other, _ in barrier.waiting if other != pc]
-        if wanted is None and elsewhere:
+        if barrier.expected != wanted:
+            self._fail_at(pc, part, f"warps wait at barrier {name} with different counts", "barrier")
+        elsewhere = [other.pc for other in barrier.came if other.pc != pc]
+        if aligned and wanted is None and elsewhere:
             line = self.program.instructions[elsewhere[0]].line
             self._fail_at(pc, part, f"other threads of the block wait at the barrier of PTX line {line}", "barrier")
-        block_warps = part.warps - key[0] * machine.warps_per_block
-        repeated = set(block_warps.tolist()) & set(barrier.warps)
+        repeated = {int(x) - block * machine.warps_per_block for x in part.warps} & barrier.warps
         if repeated:
-            self._fail_at(pc, part, f"warp {min(repeated)} arrives twice at barrier {key[1]}", "barrier")
-        votes = None if predicate is None else np.broadcast_to(predicate, group.n)[chosen]
-        barrier.waiting.append((lanes, -1 if kind == "arrive" else pc, votes))
-        barrier.warps.extend(block_warps.tolist())
-        barrier.arrived += lanes.size if wanted is None else part.warps.size * WARP
-        if barrier.arrived >= (machine.threads if wanted is None else wanted):
+            self._fail_at(pc, part, f"warp {min(repeated)} arrives twice at barrier {name}", "barrier")
+        barrier.early.append(arrival)
+        self._gather(key)
+
+    def _gather(self, key: tuple[int, int]) -> None:
+        """Counts the warps of which every living thread has come to a barrier."""
+        block, machine, barrier = key[0], self.machine, self.barriers[key]
+        first = block * machine.lanes_per_block
+        here = np.zeros(machine.lanes_per_block, np.bool_)
+        for arrival in barrier.early:
+            here[arrival.lanes - first] = True
+        absent = machine.alive[first : first + here.size] & ~here
+        whole = np.asarray(here.reshape(-1, WARP).any(axis=1) & ~absent.reshape(-1, WARP).any(axis=1))
+        early, barrier.early = barrier.early, []
+        for arrival in early:
+            counted = whole[(arrival.lanes - first) // WARP]
+            if not counted.all():
+                barrier.early.append(arrival.pick(~counted))
+            if counted.any():
+                arrival = arrival.pick(counted)
+                barrier.came.append(arrival)
+                barrier.told = np.maximum(barrier.told, machine.order.arrive(block, arrival.lanes - first))
+        barrier.warps |= set(np.flatnonzero(whole).tolist())
+        threads = sum(arrival.lanes.size for arrival in barrier.came)
+        barrier.arrived = threads if barrier.expected is None else len(barrier.warps) * WARP
+        if barrier.arrived >= (barrier.expected or machine.threads):
             self._release(key)
-        if kind == "arrive":
-            self._push(pc + 1, lanes)
+        for arrival in barrier.came:
+            if arrival.kind == "arrive" and whole[(arrival.lanes[0] - first) // WARP]:
+                self._push(arrival.pc + 1, arrival.lanes)
 
     def _release(self, key: tuple[int, int]) -> None:
-        barrier = self.barriers.pop(key)
-        self.machine.join(key[0], np.array(sorted(barrier.warps)))
-        votes = [votes for _, _, votes in barrier.waiting if votes is not None]
-        everyone = np.concatenate(votes) if votes else None
-        for lanes, pc, _ in barrier.waiting:
-            if pc < 0:
-                continue
-            if everyone is not None:
-                self._deliver(pc, lanes, everyone)
-            self._push(pc + 1, lanes)
+        barrier, block = self.barriers.pop(key), key[0]
+        waiting = [arrival for arrival in barrier.came if arrival.kind != "arrive"]
+        lanes = np.concatenate([arrival.lanes for arrival in waiting]) if waiting else np.empty(0, np.int64)
+        if lanes.size == self.machine.threads:
+            self.machine.order.join_block(block)
+        elif lanes.size:
+            self.machine.order.depart(block, lanes % self.machine.lanes_per_block, barrier.told)
+        votes = [arrival.votes for arrival in waiting if arrival.votes is not None]
+        for arrival in waiting:
+            if votes:
+                self._deliver(arrival.pc, arrival.lanes, np.concatenate(votes))
+            self._push(arrival.pc + 1, arrival.lanes)
 
     def _deliver(self, pc: int, lanes: Array, votes: Array) -> None:
         """Puts the result of a bar.red into its register."""
@@ -295,16 +341,12 @@ class Scheduler:
                 kind,
             )
         for (_, name), barrier in sorted(self.barriers.items(), key=lambda item: item[0]):
-            lanes, pc, _ = barrier.waiting[0]
             wanted = self.machine.threads if barrier.expected is None else barrier.expected
-            if pc >= 0:
-                self._fail_at(
-                    pc,
-                    self._group(lanes),
-                    f"barrier {name}: {barrier.arrived} of {wanted} threads came, the others have exited or wait "
-                    f"elsewhere",
-                    "barrier",
-                )
+            reason = f"{barrier.arrived} of {wanted} threads came, the others have exited or wait elsewhere"
+            if barrier.early:
+                reason = f"{barrier.early[0].lanes.size} threads wait for others of their warp, which do not come"
+            for arrival in (*barrier.early, *(x for x in barrier.came if x.kind != "arrive")):
+                self._fail_at(arrival.pc, self._group(arrival.lanes), f"barrier {name}: {reason}", "barrier")
 
 
 def run(machine: Machine) -> None:

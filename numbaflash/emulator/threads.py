@@ -18,6 +18,7 @@ from .group import WARP, Group
 from .ir import Instruction
 from .isa import Site
 from .isa.emit import storage
+from .order import Order
 from .program import LOCAL_WINDOW, SHARED_WINDOW, limits
 from .translate import Translator
 
@@ -92,6 +93,7 @@ class Threads:
         self.block = first + lanes // self.lanes_per_block
         self.alive = self.thread < self.threads
         self.registers: list[Array] = self._zero_registers()
+        self.order = Order(count, self.lanes_per_block)
         self.shared = self._shared_memory()
         self.shared_base = (self.block - first) * self.shared.stride
         local = self.program.local_size
@@ -108,16 +110,13 @@ class Threads:
         stride = max(-(-limit // 128) * 128, 128)
         shift = granule(self.program.sites, "shared")
         granules = self.count * stride >> shift
-        warps = self.warps_per_block
-        clocks = np.zeros((self.count, warps, warps), np.int64)
-        clocks[:, np.arange(warps), np.arange(warps)] = 1
         return checks.Shared(
             data=np.full(self.count * stride, 0xFF, np.uint8),
             state=np.zeros(granules, np.uint8),
             writer=np.zeros(granules, np.int64),
             reader=np.zeros(granules, np.int64),
             other_reader=np.zeros(granules, np.int64),
-            clocks=clocks,
+            clocks=self.order.clocks,
             lowest=limits(self.program.module.target).reserved,
             limit=limit,
             stride=stride,

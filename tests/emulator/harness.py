@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from fractions import Fraction
 from typing import Any
@@ -16,6 +17,14 @@ _BLOCK = 128
 _REGISTER = {"u1": "b16", "u2": "b16", "u4": "b32", "i4": "b32", "u8": "b64", "i8": "b64", "f4": "f32", "f8": "f64"}
 _REGISTER.update({"i1": "b16", "i2": "b16", "b1": "pred"})
 _LOAD = {"u1": "u8", "i1": "s8", "b1": "u8"}
+
+
+def source_line(kernel: Any, text: str, occurrence: int = 0) -> str:
+    """``file:line`` of the n-th line of a kernel's Python source that contains a text."""
+    lines, first = inspect.getsourcelines(kernel.py_func)
+    return (
+        f"{inspect.getsourcefile(kernel.py_func)}:{[first + i for i, x in enumerate(lines) if text in x][occurrence]}"
+    )
 
 
 def kind(array: Array) -> str:

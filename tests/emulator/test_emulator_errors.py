@@ -105,7 +105,6 @@ def test_unknown_directives_are_refused() -> None:
         ("mov.u32 %d, nowhere;", "nowhere is not defined"),
         ("bra nowhere;", "label nowhere is not defined"),
         ("call nothing;", "nothing, which is not defined"),
-        ("barrier.sync 0;", "leaving out .aligned"),
         ("cp.async.ca.shared.global [%a], [%x], 5;", "cp-size 5"),
     ],
 )

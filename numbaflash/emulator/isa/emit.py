@@ -78,7 +78,18 @@ class Code:
 
 
 class Names:
-    """What the instructions of one program share: register numbers, constants, memory sites, symbol addresses."""
+    """What the instructions of one program share.
+
+    Attributes:
+        target: Number of the sm_ version.
+        registers: PTX type by name.
+        windows: What makes an address of a state space generic.
+        number: Position of a register in the register file.
+        symbols: State space and address of variables.
+        constants: Values by the names that generated code has for them.
+        sites: Memory instructions.
+        fences: Whether an instruction is a fence, or orders memory as one does.
+    """
 
     def __init__(
         self, registers: dict[str, str], symbols: dict[str, tuple[str, int]], windows: dict[str, int], target: int
@@ -90,6 +101,7 @@ class Names:
         self.symbols = symbols
         self.constants: dict[str, object] = {}
         self.sites: list[Site] = []
+        self.fences = False
         self._constant_names: dict[tuple[str, bytes], str] = {}
 
     def constant(self, value: Any) -> str:

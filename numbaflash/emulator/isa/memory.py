@@ -24,12 +24,15 @@ def _space(e: Emit) -> str:
     return "global" if space == "const" else space
 
 
-def _order(e: Emit, strong: str) -> bool:
-    """Takes .weak, .volatile, .relaxed, .acquire or .release, and the scope; whether the access is strong."""
-    order = e.one_of("weak", "volatile", "relaxed", strong, default="weak")
-    if order in ("relaxed", strong):
-        e.one_of(*_SCOPES)
-    return order != "weak"
+def _order(e: Emit, fencing: str) -> tuple[str, str]:
+    """Takes .weak, .volatile, .relaxed, .acquire or .release, and the scope: the order and the scope."""
+    order = e.one_of("weak", "volatile", "relaxed", fencing, default="weak")
+    return order, e.one_of(*_SCOPES) if order in ("relaxed", fencing) else "sys"
+
+
+def _fence(e: Emit, scope: str) -> None:
+    e.names.fences = True
+    e.line(f"m.fence(g, {scope != 'cta'})")
 
 
 def _hints(e: Emit) -> None:
@@ -44,7 +47,7 @@ def load(e: Emit) -> None:
     """ld, ldu: scalars and vectors; wider destinations are sign- or zero-extended."""
     kind = e.type(*_TYPES)
     count = int(e.one_of("v2", "v4", default="v1")[1:])
-    strong = _order(e, "acquire")
+    order, scope = _order(e, "acquire")
     space = _space(e)
     read_only = e.op == "ldu" or e.flag("nc")
     _hints(e)
@@ -66,9 +69,11 @@ def load(e: Emit) -> None:
     if space == "param":
         e.unsupported("space .param with this address")
     e.effect("lsu")
-    site = e.site("load", space, size * count, strong, read_only)
+    site = e.site("load", space, size * count, order != "weak", read_only)
     name = e.temporary()
     e.line(f"{name} = m.load_{space}(g, {site}, {address}, {count})")
+    if order == "acquire":
+        _fence(e, scope)
     for position, item in enumerate(targets):
         value = f"{name}[{position}]"
         e.result(item, value if _loaded(kind) == f"u{size}" else f"{value}.view({_loaded(kind)})", kind, extend=True)
@@ -83,7 +88,7 @@ def store(e: Emit) -> None:
     """st: scalars and vectors; the low bits of wider sources."""
     kind = e.type(*_TYPES)
     count = int(e.one_of("v2", "v4", default="v1")[1:])
-    strong = _order(e, "release")
+    order, scope = _order(e, "release")
     space = _space(e)
     _hints(e)
     e.finish(2)
@@ -95,7 +100,9 @@ def store(e: Emit) -> None:
     if space == "param":
         e.unsupported("space .param")
     e.effect("lsu")
-    site = e.site("store", space, size * count, strong)
+    site = e.site("store", space, size * count, order != "weak")
+    if order == "release":
+        _fence(e, scope)
     e.line(f"m.store_{space}(g, {site}, {address}, [{', '.join(values)}])")
 
 
@@ -118,8 +125,8 @@ def atomic(e: Emit) -> None:
     """atom, red: read-modify-write, one thread after the other in the order of their numbers."""
     name = e.one_of(*(("exch", "cas") if e.op == "atom" else ()), *list(_ATOMIC)[2:])
     kind = e.type(*_ATOMIC[name])
-    e.one_of("relaxed", "acquire", "release", "acq_rel", default="relaxed")
-    e.one_of(*_SCOPES, default="gpu")
+    order = e.one_of("relaxed", "acquire", "release", "acq_rel", default="relaxed")
+    scope = e.one_of(*_SCOPES, default="gpu")
     space = e.one_of("global", "shared", "shared::cta", default="generic").split("::")[0]
     if "f16" in kind:
         e.one_of("noftz")
@@ -133,7 +140,11 @@ def atomic(e: Emit) -> None:
     e.effect("lsu")
     site = e.site("atomic", space, SIZES[kind], strong=True)
     result = e.temporary()
+    if order in ("release", "acq_rel"):
+        _fence(e, scope)
     e.line(f"{result} = m.atomic_{space}(g, {site}, {address}, {name!r}, {kind!r}, {', '.join(values)})")
+    if order in ("acquire", "acq_rel"):
+        _fence(e, scope)
     e.result(target, result, kind)
 
 
@@ -183,7 +194,7 @@ def asynchronous_copy(e: Emit) -> None:
 
 @op("membar", "fence")
 def fence(e: Emit) -> None:
-    """membar, fence: they order a block's writes before its later atomics, for the check of races between blocks."""
+    """membar, fence: they order what was written before later atomics, for the checks of races."""
     if e.op == "membar":
         scope = e.one_of("cta", "gl", "sys")
     else:
@@ -191,7 +202,7 @@ def fence(e: Emit) -> None:
         scope = e.one_of(*_SCOPES)
     e.finish(0)
     e.effect("lsu")
-    e.line(f"m.fence(g, {scope != 'cta'})")
+    _fence(e, scope)
 
 
 @op("prefetch", "prefetchu")

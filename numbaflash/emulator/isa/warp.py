@@ -101,18 +101,20 @@ def elect(e: Emit) -> None:
 
 @op("bar", "barrier")
 def barrier(e: Emit) -> None:
-    """bar.sync, bar.arrive, bar.red, with their named barriers and counts; bar.warp.sync."""
+    """bar, barrier: sync, arrive, red, with their named barriers and counts; bar.warp.sync.
+
+    Warps reach the aligned forms, of which `bar` is one, as a whole; to the others their threads may come one by one.
+    """
     if e.op == "bar" and e.flag("warp"):
         e.one_of("sync")
         e.finish(1)
-        _mask(e, e.operands[0])
+        mask = _mask(e, e.operands[0])
         e.code.pipe = "branch"
-        e.line("m.warp_barrier(g)")
+        e.line(f"m.warp_barrier(g, {here(e)}, {mask})")
         return
     e.flag("cta")
     kind = e.one_of("sync", "arrive", "red")
-    if e.op == "barrier" and not e.flag("aligned"):
-        e.unsupported("leaving out .aligned")
+    aligned = e.op == "bar" or e.flag("aligned")
     name = "none"
     if kind == "red":
         name = e.one_of("and", "or", "popc")
@@ -125,7 +127,7 @@ def barrier(e: Emit) -> None:
     e.finish((2,) if kind == "arrive" else (1 + extra, 2 + extra))
     number = e.source(operands[0], "u32")
     count = e.source(operands[1], "u32") if len(operands) == 2 else "None"
-    e.effect("branch", "warp")
+    e.effect("branch", "warp" if aligned else None)
     if kind == "red":  # the result is put into the register by the scheduler, when all have arrived
         if not isinstance(target, Reg) or target.name not in e.names.number:
             e.bad_operand(target)
