@@ -22,6 +22,7 @@ from .device import Device, Dimensions, Stream
 from .flash_v1 import FlashV1
 from .flash_v2 import FlashV2
 from .shapes import tile_shape
+from .standard import Matrices, StandardScores, StandardSoftmax, StandardValues
 from .tile import CHUNK
 from .variant import Variant
 
@@ -119,6 +120,16 @@ class Task:
     lse: bool
 
 
+def _standard(queue: Queue, task: Task) -> None:
+    problem, variant = task.problem, Variant.of(task.problem, lse=task.lse)
+    size = Matrices.of(problem)
+    shape = (problem.batch, problem.q_heads, size.rows, size.keys)
+    scores, weights = queue.empty(shape, FLOAT32), queue.empty(shape, problem.dtype)
+    matrices = Matrices(size.rows, size.keys, scores.address, weights.address)
+    for kernel in (StandardScores.of(variant), StandardSoftmax.of(variant), StandardValues.of(variant)):
+        queue.launch(kernel, kernel.grid(problem), kernel.arguments(problem, task.arrays, matrices))
+
+
 def _flash_v1(queue: Queue, task: Task) -> None:
     flash = FlashV1.of(Variant.of(task.problem, lse=task.lse))
     state = queue.empty((flash.state_bytes(task.problem) // FLOAT32.itemsize,), FLOAT32)
@@ -151,7 +162,12 @@ class Solver:
     run: Callable[[Queue, Task], None]
 
 
-ALGORITHMS = {"v1": Solver((FLOAT16, BFLOAT16), _flash_v1), "v2": Solver((FLOAT16, BFLOAT16), _flash_v2)}
+_HALVES = (FLOAT16, BFLOAT16)
+ALGORITHMS = {
+    "standard": Solver(_HALVES, _standard),
+    "v1": Solver(_HALVES, _flash_v1),
+    "v2": Solver(_HALVES, _flash_v2),
+}
 
 
 def check_solvable(problem: AttentionProblem, algorithm: str) -> None:

@@ -1,0 +1,109 @@
+"""Standard attention, run instruction by instruction with every check on, against the float64 oracle."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+from flash import AMPERE, assert_as_good_as_straightforward, solved
+from problems import options_for, problem
+
+from numbaflash.cuda.build import build
+from numbaflash.cuda.scoring import Scoring
+from numbaflash.cuda.standard import StandardScores, StandardSoftmax, StandardValues
+from numbaflash.cuda.variant import Variant
+
+# Each option on its own once: kernels take two seconds to build.
+OPTION_NAMES = [name for name in options_for(*problem()[:2]) if name not in ("left window", "lengths")]
+SHAPES = [
+    {"q_tokens": 1, "kv_tokens": 1},
+    {"q_tokens": 1, "kv_tokens": 300},
+    {"q_tokens": 129, "kv_tokens": 64},
+    {"q_tokens": 257, "kv_tokens": 40},
+    {"q_tokens": 128, "kv_tokens": 257},
+    {"q_tokens": 33, "kv_tokens": 65, "batch": 2, "q_heads": 4, "kv_heads": 4},
+    {"q_tokens": 33, "kv_tokens": 65, "batch": 2, "q_heads": 4, "kv_heads": 2},
+    {"q_tokens": 33, "kv_tokens": 65, "batch": 2, "q_heads": 4, "kv_heads": 1},
+]
+EVERY_OPTION = Scoring(softcap=True, alibi=True, bias="float32", left=True, right=True)
+KERNELS = (StandardScores, StandardSoftmax, StandardValues)
+
+
+def assert_as_good(q, k, v, **options):
+    assert_as_good_as_straightforward(q, k, v, algorithm="standard", **options)
+
+
+@pytest.mark.parametrize("name", OPTION_NAMES)
+def test_an_option_means_what_the_oracle_says(name):
+    q, k, v = problem()
+    assert_as_good(q, k, v, **options_for(q, k)[name])
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "window", "all"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_lengths_may_be_ragged_and_heads_grouped(shape, name):
+    q, k, v = problem(**shape)
+    assert_as_good(q, k, v, **options_for(q, k)[name])
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(8, 8), (40, 24), (256, 256), (64, 128), (192, 72)])
+def test_head_dims_of_keys_and_values_may_be_any_multiple_of_8(head_dim, value_dim):
+    q, k, v = problem(head_dim=head_dim, value_dim=value_dim, dtype="bfloat16", kv_tokens=300)
+    assert_as_good(q, k, v, causal=True)
+
+
+def test_keys_beyond_their_length_are_never_read():
+    q, k, v = problem(batch=2, kv_tokens=150)
+    k[1, 90:], v[1, 90:] = np.nan, np.nan
+    out, _, _ = solved(q, k, v, algorithm="standard", kv_lengths=[150, 90])
+    assert np.isfinite(out).all()
+
+
+def test_a_row_without_keys_is_zero_and_its_sum_is_the_sinks_alone():
+    q, k, v = problem(q_tokens=90, kv_tokens=20)
+    out, lse, _ = solved(q, k, v, algorithm="standard", causal=True)
+    assert not out[:, :70].any()
+    assert np.isneginf(lse[:, :, :70]).all()
+    sinks = np.float32([0.5, -3])
+    out, lse, _ = solved(q, k[:, :0], v[:, :0], algorithm="standard", sink_logits=sinks)
+    assert not out.any()
+    np.testing.assert_allclose(lse, np.broadcast_to(sinks[:, None], lse.shape), rtol=1e-6)
+
+
+def test_scores_beyond_the_range_of_16_bits_are_no_matter():
+    q, k, v = problem(q_tokens=16, kv_tokens=64)
+    q[:], k[:] = 200 * np.sign(q), np.sign(k) * np.arange(64)[None, :, None, None]
+    out, _, _ = solved(q, k, v, algorithm="standard", scale=1.0)
+    assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_no_shared_access_loses_a_wavefront_and_every_sector_is_used_whole(head_dim):
+    for counts in solved(*problem(q_tokens=128, kv_tokens=256, head_dim=head_dim), algorithm="standard")[2]:
+        assert counts.bank_conflicts == 0
+        assert counts.local_bytes == 0
+        # The log-sum-exp alone is stored a float at a time: 4 bytes a row.
+        assert all(access.efficiency == 1 for access in counts.global_ if access.nbytes != 4 * 2 * 128)
+
+
+@pytest.mark.parametrize(("scoring", "rest"), [(Scoring(), False), (EVERY_OPTION, True)], ids=["plain", "all"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_nothing_is_spilled(head_dim, scoring, rest):
+    variant = Variant(head_dim, head_dim, "float16", scoring, sinks=rest, lengths=rest, lse=True)
+    for kernel in KERNELS:
+        assert build(kernel.of(variant), AMPERE).usage.spill_bytes == 0
+
+
+def test_every_tile_fits_the_shared_memory_of_every_target():
+    for head_dim in range(8, 257, 8):
+        for kernel in KERNELS:
+            # Of 8.6 and 8.9, which have least.
+            assert kernel.of(Variant(head_dim, head_dim, "float16")).shared_bytes <= 99 << 10
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_arguments_are_passed_in_the_kernels_own_order(kernel):
+    described = kernel.of(Variant(64, 64, "float16"))
+    names = list(inspect.signature(described.kernel()).parameters)
+    assert names == [name.replace("step", "row") for name in described.parameters]
