@@ -80,6 +80,8 @@ def serve(
         int | None, typer.Option(help="HTTP port of metrics and the status page (0: any free one); by default none.")
     ] = None,
     metrics_host: Annotated[str | None, typer.Option(help="Address of that port; 127.0.0.1 by default.")] = None,
+    otlp_endpoint: Annotated[str | None, typer.Option(help="Collector of OpenTelemetry spans, over gRPC.")] = None,
+    log_format: Annotated[str | None, typer.Option(help="json or text; by default text on a terminal.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     """Serve sessions over gRPC.

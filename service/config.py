@@ -113,6 +113,12 @@ class ServeConfig(BaseSettings):
         None, ge=0, lt=1 << 16, description="HTTP port of metrics and the status page; 0: any free one. Default: none."
     )
     metrics_host: str = Field("127.0.0.1", description="Address that port is on.")
+    otlp_endpoint: str | None = Field(
+        None, description="Collector that OpenTelemetry spans are sent to, such as http://127.0.0.1:4317."
+    )
+    log_format: Literal["json", "text"] | None = Field(
+        None, description="Form of the log. Default: text where standard error is a terminal, else json."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
     @field_validator("listen")

@@ -278,7 +278,7 @@ class Engine:
             except MemoryError:
                 outcomes.append((step, ExhaustedError("the machine has no memory left", retry_after=1.0)))
             except Exception:
-                log.exception("a step failed")
+                log.exception("a step failed", extra={"request_id": step.request_id, "session": step.session.id[:8]})
                 outcomes.append((step, ServiceError("the step failed", code=grpc.StatusCode.INTERNAL)))
         return outcomes
 

@@ -34,6 +34,7 @@ from .errors import (
     StorageError,
 )
 from .folder import SUFFIX, Folder, storage_error
+from .metrics import Metrics
 from .principals import Principals
 from .replay import Answer, Answers
 from .sessions import Session, SessionTable, Spilled, now_text
@@ -68,6 +69,7 @@ class Memory:
         answers: What their last steps gave.
         spill: Where to; None: nowhere.
         thresholds: When.
+        metrics: Where moves are counted.
         backend: Of the caches.
         free: Lets go of what an ended session holds.
     """
@@ -79,6 +81,7 @@ class Memory:
         answers: Answers,
         spill: Folder | None,
         thresholds: Thresholds,
+        metrics: Metrics,
         *,
         backend: str,
         free: Callable[[Session], asyncio.Task[None]],
@@ -88,6 +91,7 @@ class Memory:
         self._answers = answers
         self._spill = spill
         self._thresholds = thresholds
+        self._metrics = metrics
         self._backend = backend
         self._free = free
         self._turn = asyncio.Lock()  # of those that need room, so that nobody takes what another one made
@@ -226,6 +230,7 @@ class Memory:
             session.cache = None
             del cache
             self._table.release(session)
+            self._metrics.spills += 1
         finally:
             session.work = None
             self._wake(session)
@@ -365,6 +370,7 @@ class Memory:
             raise
         await self._engine.call(partial(self._remember, session, answers))
         session.cache, session.spilled = cache, None
+        self._metrics.unspills += 1
         await self._remove(session, spilled.nbytes)
 
     def _remember(self, session: Session, answers: dict[int, Answer]) -> None:

@@ -86,6 +86,8 @@ class Metrics:
         errors: Calls and steps of streams that failed, by reason or gRPC code; the event loop counts, like all below.
         created: Sessions made.
         ended: Sessions ended, by why.
+        spills: Sessions written to disk for the room that they took.
+        unspills: Sessions that came back from there.
     """
 
     def __init__(self, small: int) -> None:
@@ -95,6 +97,8 @@ class Metrics:
         self.errors: Counter[str] = Counter()
         self.created = 0
         self.ended: Counter[str] = Counter()
+        self.spills = 0
+        self.unspills = 0
 
     def count_error(self, error: ServiceError) -> None:
         """Count a call or a step that failed."""
@@ -127,6 +131,9 @@ class Gauges:
     kv_reserved_bytes: int
     kv_used_bytes: int
     kv_pages: int
+    spilled_sessions: int
+    spilled_bytes: int
+    spill_memory_bytes: int
     replay_memory_bytes: int
     replay_bytes: int
     queued_steps: int
@@ -141,6 +148,9 @@ _GAUGES: Final = {
     "kv_reserved_bytes": "Reserved of it by sessions",
     "kv_used_bytes": "Bytes of the pages in use",
     "kv_pages": "Pages of keys and values in use",
+    "spilled_sessions": "Of the sessions, those on disk",
+    "spilled_bytes": "Bytes of their files",
+    "spill_memory_bytes": "The budget for those",
     "replay_memory_bytes": "The budget for answers kept so that a step can be sent again",
     "replay_bytes": "Bytes of those answers",
     "queued_steps": "Steps waiting or running",
@@ -191,6 +201,8 @@ class Collector(_Collector):
             "numbaflash_replayed_steps", "Steps sent again and answered as before", metrics.replayed
         )
         yield CounterMetricFamily("numbaflash_sessions_created", "Sessions made", metrics.created)
+        yield CounterMetricFamily("numbaflash_spills", "Sessions written to disk", metrics.spills)
+        yield CounterMetricFamily("numbaflash_unspills", "Sessions brought back from disk", metrics.unspills)
 
     def _histograms(self) -> Iterator[Metric]:
         for name, meaning, attribute, unit in (

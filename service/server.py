@@ -7,18 +7,22 @@ import contextlib
 import gc
 import logging
 import signal
-import sys
 import time
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from . import logs
 from .auth import Authenticator, TokenFile
 from .config import ServeConfig
 from .servicer import SERVICE, AttentionServicer
 from .status_page import StatusPage
 from .tls import ServerCertificate
+
+if TYPE_CHECKING:
+    from .tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +49,8 @@ class Server:
 
         Raises:
             OSError: An address cannot be listened on, or a file cannot be read.
-            ValueError: There is no such backend here, or a file holds nothing like a certificate or tokens.
+            ValueError: There is no such backend here, a file holds nothing like a certificate or tokens, or an extra is
+                not installed.
         """
         config = self._config
         self._credentials = None
@@ -53,7 +58,9 @@ class Server:
             certificate = ServerCertificate(config.tls_cert, config.tls_key, config.tls_client_ca)
             self._credentials = certificate.credentials()
         tokens = TokenFile(config.auth_tokens) if config.auth_tokens else None
-        self._servicer = AttentionServicer(config, Authenticator(tokens, certificates=config.tls_client_ca is not None))
+        self._tracing = _tracing(config.otlp_endpoint)
+        authenticator = Authenticator(tokens, certificates=config.tls_client_ca is not None)
+        self._servicer = AttentionServicer(config, authenticator, self._tracing)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             options=[
@@ -106,6 +113,8 @@ class Server:
         await self._server.stop(grace=min(1.0, max(0.0, until - time.monotonic())))
         self._housekeeping.cancel()
         await self._servicer.stop()
+        if self._tracing:
+            await asyncio.to_thread(self._tracing.close)
         if self.status_page:
             await self.status_page.stop()
 
@@ -124,6 +133,18 @@ class Server:
         return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
 
 
+def _tracing(endpoint: str | None) -> Tracing | None:
+    if endpoint is None:
+        return None
+    try:
+        from .tracing import Tracing
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{error.name} is not installed; otlp_endpoint needs: pip install 'numbaflash[tracing]'"
+        ) from None
+    return Tracing(endpoint)
+
+
 def serve(config: ServeConfig) -> None:
     """Serve until SIGTERM or SIGINT; a second one stops at once.
 
@@ -133,9 +154,7 @@ def serve(config: ServeConfig) -> None:
         OSError: An address cannot be listened on.
         ValueError: There is no such backend here.
     """
-    logging.basicConfig(
-        level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.configure(config.log_level, config.log_format)
     if config.insecure and not config.local_only:
         log.warning("insecure: other machines can connect")
     with contextlib.suppress(KeyboardInterrupt):

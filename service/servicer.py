@@ -11,7 +11,7 @@ from dataclasses import asdict
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import numpy as np
@@ -38,12 +38,16 @@ from .folder import folders
 from .life import Fill, LifeMethods
 from .memory import Memory, Thresholds
 from .metrics import Gauges, Metrics
+from .observe import Observer
 from .principals import Principal, Principals
 from .replay import Answers
 from .replies import encode_answer
 from .sessions import Session, SessionTable, Shape
 from .snapshots import Snapshots
 from .v1 import attention_pb2 as pb
+
+if TYPE_CHECKING:
+    from .tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +64,12 @@ class AttentionServicer:
     Args:
         config: Limits and budgets.
         authenticator: Says who makes a call.
+        tracing: Where spans go; None: nowhere.
     """
 
-    def __init__(self, config: ServeConfig, authenticator: Authenticator) -> None:
+    def __init__(self, config: ServeConfig, authenticator: Authenticator, tracing: Tracing | None) -> None:
         self._config = config
+        self._observer = Observer(SERVICE, tracing, steps=config.log_level == "debug")
         self._backend = choose_backend(config.backend, CACHE_BACKENDS)
         self.metrics = Metrics(small=MIN_PREFILL_TOKENS)
         self._spill, self._snapshots = folders(config)
@@ -86,6 +92,7 @@ class AttentionServicer:
             self._answers,
             self._spill,
             Thresholds(config.kv_high_water, config.spill_after, config.evict_after),
+            self.metrics,
             backend=self._backend,
             free=self._free,
         )
@@ -119,9 +126,11 @@ class AttentionServicer:
             "CloseSession": self._close_session,
             "ListSessions": self._list_sessions,
         }
-        guard = self._door.guard
-        methods = {name: grpc.unary_unary_rpc_method_handler(guard(method)) for name, method in unary.items()}
-        methods["Attend"] = grpc.stream_stream_rpc_method_handler(guard(self._attend))
+        guard, watch = self._door.guard, self._observer.watch
+        methods = {
+            name: grpc.unary_unary_rpc_method_handler(guard(watch(name, method))) for name, method in unary.items()
+        }
+        methods["Attend"] = grpc.stream_stream_rpc_method_handler(guard(watch("Attend", self._attend)))
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
     async def warm_up(self) -> None:
@@ -186,6 +195,9 @@ class AttentionServicer:
             kv_reserved_bytes=table.kv_reserved,
             kv_used_bytes=sum(pool.nbytes for pool in pools),
             kv_pages=sum(pool.nbytes // pool.page_nbytes for pool in pools),
+            spilled_sessions=sum(session.spilled is not None for session in table),
+            spilled_bytes=self._spill.nbytes if self._spill else 0,
+            spill_memory_bytes=self._spill.budget if self._spill else 0,
             replay_memory_bytes=self._config.replay_memory,
             replay_bytes=self._answers.nbytes,
             queued_steps=engine.steps,
@@ -346,7 +358,7 @@ class AttentionServicer:
             form=form,
             payload=parts.payload,
             deadline=deadline,
-            settle=settle,
+            settle=self._observer.settle(request, form.tokens, settle),
         )
         self._memory.submit(step, call)
         return step

@@ -145,6 +145,7 @@ def _describe(session: Session) -> dict[str, Any]:
         "kv_bytes": session.kv_bytes,
         "steps": session.steps,
         "busy": session.in_flight > 0,
+        "spilled": session.spilled is not None,
         "idle_seconds": session.idle_seconds,
         "ttl_seconds": session.ttl,
     }
