@@ -229,6 +229,121 @@ done:
     assert out.tolist() == [0] * 32 + list(range(1000, 1032))
 
 
+ONE_BY_ONE = """
+    mov.u32 %r0, ours;
+    mad.lo.u32 %r1, %t, 4, %r0;
+    setp.lt.u32 %p, %lane, 16;
+    @%p bra low;
+    st.shared.u32 [%r1], %t;
+    barrier.sync 3{count};
+    bra meet;
+low:
+    add.u32 %r2, %t, 1000;
+    st.shared.u32 [%r1], %r2;
+    {low}
+meet:
+    xor.b32 %r2, %t, 48;
+    mad.lo.u32 %r1, %r2, 4, %r0;
+    ld.shared.u32 %d, [%r1];
+    st.global.u32 [%y], %d;
+"""
+
+
+@pytest.mark.parametrize("count", ["", ", 64"], ids=["whole block", "count"])
+def test_unaligned_barrier_takes_the_threads_of_a_warp_one_by_one(count: str) -> None:
+    """The halves of each warp come to the barrier at two places of the code."""
+    shared = ".shared .align 4 .b8 ours[256];"
+    head = "mov.u32 %lane, %laneid;"
+    out = np.zeros(64, "u4")
+    block(head + ONE_BY_ONE.format(count=count, low=f"barrier.sync 3{count};"), 64, out, shared=shared)
+    other = np.arange(64) ^ 48
+    assert out.tolist() == np.where(other % 32 < 16, other + 1000, other).tolist()
+    with pytest.raises(emulator.EmulatorError, match="threads wait for others of their warp") as found:
+        block(head + ONE_BY_ONE.format(count=count, low="barrier.sync 4;"), 64, out, shared=shared)
+    assert found.value.kind == "barrier"
+    aligned = ONE_BY_ONE.format(count=count, low=f"barrier.sync 3{count};").replace("sync", "sync.aligned")
+    with pytest.raises(emulator.EmulatorError, match="the others that it needs do not come") as found:
+        block(head + aligned, 64, out, shared=shared)
+    assert found.value.kind == "barrier"
+
+
+def test_unaligned_barrier_does_not_wait_for_threads_that_have_exited() -> None:
+    """Half of each warp computes for a while and leaves without the barrier."""
+    body = """
+    mov.u32 %lane, %laneid;
+    setp.ge.u32 %p, %lane, 16;
+    @%p bra leaves;
+    barrier.sync 1, 64;
+    st.global.u32 [%y], 5;
+    bra done;
+leaves:
+    mov.u32 %r0, 0;
+again:
+    add.u32 %r0, %r0, 1;
+    setp.lt.u32 %q, %r0, 9;
+    @%q bra again;
+    exit;
+done:
+    """
+    out = np.zeros(64, "u4")
+    block(body, 64, out)
+    assert out.tolist() == ([5] * 16 + [0] * 16) * 2
+
+
+@pytest.mark.parametrize(("name", "expected"), [("popc.u32", 24), ("and.pred", 0), ("or.pred", 1)])
+def test_unaligned_reducing_barrier_counts_every_thread_once(name: str, expected: int) -> None:
+    target = "%d" if "popc" in name else "%q"
+    after = "" if "popc" in name else "selp.u32 %d, 1, 0, %q;"
+    text = f"barrier.red.{name} {target}, 2, %p;"
+    body = f"""
+    mov.u32 %lane, %laneid;
+    and.b32 %r0, %t, 3;
+    setp.eq.u32 %p, %r0, 3;
+    setp.lt.u32 %q, %lane, 7;
+    @%q bra low;
+    {text}
+    bra both;
+low:
+    {text}
+both:
+    {after}
+    st.global.u32 [%y], %d;
+    """
+    out = np.zeros(96, "u4")
+    block(body, 96, out)
+    assert (out == expected).all()
+
+
+PRODUCER = """
+    mov.u32 %r0, ours;
+    mad.lo.u32 %r1, %lane, 4, %r0;
+    mov.u32 %d, 0;
+    setp.lt.u32 %p, %t, 32;
+    @!%p bra consumer;
+    {before}
+    barrier.arrive 1, 64;
+    {after}
+    bra done;
+consumer:
+    barrier.sync 1, 64;
+    ld.shared.u32 %d, [%r1];
+done:
+    st.global.u32 [%y], %d;
+"""
+
+
+def test_arriving_orders_what_stands_before_it_and_nothing_after() -> None:
+    shared = ".shared .align 4 .b8 ours[128];"
+    head, store = "mov.u32 %lane, %laneid;", "st.shared.u32 [%r1], %t;"
+    out = np.zeros(64, "u4")
+    block(head + PRODUCER.format(before=store, after=""), 64, out, shared=shared)
+    assert out.tolist() == [0] * 32 + list(range(32))
+    late = "add.u32 %r2, %t, 7; st.shared.u32 [%r1], %r2;"
+    with pytest.raises(emulator.EmulatorError) as found:
+        block(head + PRODUCER.format(before=store, after=late), 64, out, shared=shared)
+    assert found.value.kind == "shared-race"
+
+
 def test_volatile_flags_are_no_race() -> None:
     """Warp 1 polls a flag that warp 0 sets."""
     out = np.zeros(64, "u4")
