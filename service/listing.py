@@ -41,7 +41,7 @@ def run(target: str, *, json: bool) -> None:
             f"{session.capacity}" + (f" ({session.sink_tokens} sinks)" if session.sink_tokens else ""),
             _size(session.kv_bytes),
             str(session.steps),
-            "busy" if session.busy else f"{max(0.0, session.expires_at - now):.0f} s",
+            "busy" if session.busy else f"{max(0.0, session.expires_at - now):.0f} s" + " (on disk)" * session.spilled,
         )
     Console().print(table)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ CALLS = st.lists(
         {
             "layer": st.integers(0, 1),
             "tokens": st.one_of(st.just(1), st.integers(0, 12), st.integers(13, 90)),
-            "method": st.sampled_from(["step", "step", "prefill", "decode", "append", "append and attend"]),
+            "method": st.sampled_from(
+                ["step", "step", "prefill", "decode", "append", "append and attend", "truncate", "fork"]
+            ),
             "options": st.fixed_dictionaries(
                 {},
                 optional={
@@ -58,11 +61,18 @@ def test_a_session_is_a_ring_kv_cache(
     shape = {"capacity": capacity, "sink_tokens": sink_tokens, "dtype": storage, "page_size": page_size}
     cache = numbaflash.RingKVCache(2, 2, 16, **shape)
     rng = np.random.default_rng(0)
-    with shared_client.create_session(2, 2, 16, **shape, stream=stream) as session:
+    with contextlib.ExitStack() as forks:
+        session = forks.enter_context(shared_client.create_session(2, 2, 16, **shape, stream=stream))
         for call in calls:
             layer, tokens, options = call["layer"], call["tokens"], call["options"]
             q, k, v = (rng.standard_normal((tokens, heads, 16)).astype(wire.DTYPES[dtype]) for heads in (4, 2, 2))
-            if call["method"] == "append":
+            if call["method"] == "truncate":
+                length = max(0, max(cache.length(0), cache.length(1)) - tokens)
+                outcomes = [truncation(form, length) for form in (session, cache)]
+                assert outcomes[0] == outcomes[1]
+            elif call["method"] == "fork":
+                session, cache = forks.enter_context(session.fork()), cache.fork()
+            elif call["method"] == "append":
                 assert session.append(layer, k, v) is cache.append(layer, k, v) is None
             elif call["method"] == "append and attend":
                 last = min(tokens, 20)
@@ -76,6 +86,15 @@ def test_a_session_is_a_ring_kv_cache(
                 assert over_wire.tobytes() == in_process.tobytes()
             assert [session.length(i) for i in range(2)] == [cache.length(i) for i in range(2)]
             assert [session.first(i) for i in range(2)] == [cache.first(i) for i in range(2)]
+
+
+def truncation(form: Any, length: int) -> bool:
+    """Say whether a form can be truncated; it is, then."""
+    try:
+        form.truncate(length)
+    except ValueError:
+        return False
+    return True
 
 
 def compare(session: Any, cache: Any, layer: int, call: Any) -> None:

@@ -432,9 +432,15 @@ class Sessions(RuleBasedStateMachine):
         self._dead += [twin for twin in self._live if twin.id not in on_disk]
         self._live = [twin for twin in self._live if twin.id in on_disk]
 
+    async def _used_bytes(self) -> int:
+        """Bytes of the pages that the sessions really hold."""
+        used: int = self._server.server._servicer.gauges().kv_used_bytes
+        return used
+
     @invariant()
     def the_server_says_what_it_holds(self) -> None:
         usage = self._stock.GetInfo(pb.GetInfoRequest()).usage
+        assert self._server.on_loop(self._used_bytes()) <= KV_MEMORY
         assert usage.kv_reserved_bytes <= KV_MEMORY
         assert usage.queued_steps == usage.queued_bytes == 0
         assert usage.spilled_bytes <= usage.spill_memory_bytes
