@@ -187,7 +187,7 @@ class AttentionServicer:
         table, engine = self._table, self._engine
         caches = [session.cache for session in table if session.cache]
         # Forks share the pages of one pool.
-        pools = {id(cache.pool): cache.pool for cache in caches}.values()
+        pools = {id(pool): pool for cache in caches for pool in cache.pools}.values()
         return Gauges(
             draining=self._draining,
             sessions=len(table),

@@ -1,7 +1,9 @@
 """Caches on disk: a safetensors file with its version, its shape and a checksum of every page in the header.
 
 Tensors `layers.N.k` and `layers.N.v` hold (tokens, kv_heads, head_dim): the sink tokens, then everything from the
-oldest token that is intact to the newest. Nothing in the file is executed when it is read.
+oldest token that is intact to the newest. Of a quantized cache they hold the float16 tokens, and `layers.N.pages`
+(pages, bytes) the pages of codes, from the one of the oldest intact token on; `channel_scales` are awq's. Nothing in
+the file is executed when it is read.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ _FORMAT = "numbaflash.RingKVCache"
 _VERSION = 2
 _HEADER = ("format", "version", "shape", "layers")
 _ATTACHED = "attached."
+_CHANNEL_SCALES = "channel_scales"
 
 
 @dataclass(frozen=True)
@@ -39,18 +42,32 @@ class RingShape:
     page_size: int
     rollback: int
     dtype: str
+    quantizer: str | None = None
+
+    @property
+    def raw_dtype(self) -> str:
+        """Of tokens that are no codes."""
+        return self.dtype if self.quantizer is None else "float16"
 
 
 @dataclass(frozen=True)
 class LayerState:
-    """One layer: tokens seen, and the oldest intact position."""
+    """One layer: tokens seen, the oldest intact position, and from where on tokens are kept that are no codes."""
 
     length: int
     intact: int
+    raw_intact: int
 
     def kept(self, sink_tokens: int) -> tuple[range, range]:
-        """Return the positions that are in the file: of the sink tokens, of those behind them."""
-        return range(min(self.length, sink_tokens)), range(min(self.intact, self.length), self.length)
+        """Return the positions that are in the file, not as codes: of the sink tokens, of those behind them."""
+        return range(min(self.length, sink_tokens)), range(min(self.raw_intact, self.length), self.length)
+
+    def coded(self, shape: RingShape) -> range:
+        """Return the numbers, behind the sink tokens, of the pages of codes that are in the file."""
+        if shape.quantizer is None:
+            return range(0)
+        first, behind = ((max(at - shape.sink_tokens, 0)) // shape.page_size for at in (self.intact, self.length))
+        return range(min(first, behind), behind)
 
 
 def write(
@@ -59,7 +76,9 @@ def write(
     layers: Sequence[LayerState],
     read: Callable[[int, int, int], NDArray[Any]],
     dtype: np.dtype[Any],
+    read_page: Callable[[int, int], NDArray[np.uint8]],
     *,
+    channel_scales: NDArray[np.float32] | None,
     notes: Mapping[str, str],
     attachments: Mapping[str, NDArray[Any]],
 ) -> None:
@@ -71,6 +90,8 @@ def write(
         layers: State of each layer.
         read: Gives the tokens of a layer from a position to another, (2, tokens, kv_heads, head_dim).
         dtype: Of those.
+        read_page: Gives a layer's page of codes by its number.
+        channel_scales: Of awq.
         notes: Strings that go with it.
         attachments: Arrays that go with it.
 
@@ -83,6 +104,11 @@ def write(
         for name in ("k", "v"):
             axes = (tokens, shape.num_kv_heads, shape.head_dim)
             tensors[f"layers.{index}.{name}"] = PagedTensor(dtype, axes, shape.page_size)
+        if coded := layer.coded(shape):
+            nbytes = len(read_page(index, coded.start))
+            tensors[f"layers.{index}.pages"] = PagedTensor(np.dtype(np.uint8), (len(coded), nbytes), 1)
+    if channel_scales is not None:
+        tensors[_CHANNEL_SCALES] = PagedTensor(channel_scales.dtype, channel_scales.shape, len(channel_scales))
     for name, array in attachments.items():
         tensors[_ATTACHED + name] = PagedTensor(array.dtype, array.shape, len(array))
 
@@ -96,6 +122,10 @@ def write(
                 keys, values = np.concatenate(parts, axis=1)
                 yield f"layers.{index}.k", page, keys
                 yield f"layers.{index}.v", page, values
+            for row, page in enumerate(layer.coded(shape)):
+                yield f"layers.{index}.pages", row, read_page(index, page)[None]
+        if channel_scales is not None:
+            yield _CHANNEL_SCALES, 0, channel_scales
         for name, array in attachments.items():
             yield _ATTACHED + name, 0, array
 
@@ -134,7 +164,9 @@ class CacheFile:
             if notes.get("version") != str(_VERSION):
                 raise ValueError(f"{path} has version {notes.get('version')!r}, this release reads {_VERSION}")
             self.shape = RingShape(**json.loads(notes["shape"]))
-            self.layers = [LayerState(**state) for state in json.loads(notes["layers"])]
+            states = json.loads(notes["layers"])
+            # Files of a release without quantizers do not say from where on tokens are no codes: all are.
+            self.layers = [LayerState(**{"raw_intact": state["intact"], **state}) for state in states]
             self._check()
         except (TypeError, KeyError) as error:
             self._file.close()
@@ -164,7 +196,7 @@ class CacheFile:
             tokens = sum(map(len, layer.kept(shape.sink_tokens)))
             for name in ("k", "v"):
                 tensor = self._file.tensors[f"layers.{index}.{name}"]
-                expected = (tokens, shape.num_kv_heads, shape.head_dim), shape.dtype, shape.page_size
+                expected = (tokens, shape.num_kv_heads, shape.head_dim), shape.raw_dtype, shape.page_size
                 if (tensor.shape, tensor.dtype.name, tensor.page_rows) != expected:
                     raise ValueError(f"{self._path} has a tensor layers.{index}.{name} that does not fit its shape")
 
@@ -190,6 +222,25 @@ class CacheFile:
                 if count:
                     yield stretch.start, keys[row : row + count], values[row : row + count]
                 row += count
+
+    def pages(self, layer: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Read a layer's pages of codes: number behind the sink tokens, and bytes.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: A page is damaged.
+        """
+        for row, page in enumerate(self.layers[layer].coded(self.shape)):
+            yield page, self._file.read(f"layers.{layer}.pages", row)[0]
+
+    def channel_scales(self) -> NDArray[np.float32] | None:
+        """Read awq's scales; None where there are none.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: They are damaged.
+        """
+        return self._file.read(_CHANNEL_SCALES, 0) if _CHANNEL_SCALES in self._file.tensors else None
 
     def attachments(self) -> dict[str, NDArray[Any]]:
         """Read the arrays that went with it.

@@ -63,6 +63,11 @@ class LayerRing:
         self._pages = [_NO_PAGE] * self._layout.slots
 
     @property
+    def raw_intact(self) -> int:
+        """Oldest position, sink tokens apart, from which on all tokens are there as they were written."""
+        return self.intact
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the pages in use."""
         return len(self._used_pages()) * self._pool.page_nbytes
@@ -79,6 +84,10 @@ class LayerRing:
             self._copy(scatter_tokens, first, behind, keys[first - start :], values[first - start :])
         self.length = stop
         self.intact = max(self.intact, stop - self._layout.ring_tokens)
+
+    def truncate(self, length: int) -> None:
+        """Take the layer back to `length` tokens."""
+        self.length = length
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return copies of the tokens `start` to `stop`: (2, tokens, Hkv, D)."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-__all__ = ["RingLayout"]
+__all__ = ["RingLayout", "raw_layout"]
 
 
 @dataclass(frozen=True)
@@ -66,3 +66,12 @@ class RingLayout:
             behind, first_slot, slots = self.sink_tokens, self.sink_slots, self.ring_slots
         pages = range((start - behind) // self.page_size, -(-(stop - behind) // self.page_size))
         return [first_slot + page % slots for page in pages]
+
+
+def raw_layout(layout: RingLayout) -> RingLayout:
+    """Return the shape of the float16 ring beside a quantized one.
+
+    It holds the sink tokens, and the whole pages that the newest `rollback + 1` tokens lie in.
+    """
+    capacity = layout.sink_tokens + layout.page_size
+    return RingLayout(capacity, layout.sink_tokens, layout.page_size, layout.rollback)

@@ -1,11 +1,13 @@
 """Pages of keys and values in host memory: reference-counted, so that forks share what neither of them changes.
 
 A page holds `page_size` tokens of one layer, head by head: keys (kv_heads, page_size, head_dim), then values alike. One
-head's stretch of a page is contiguous, which is the order in which a decode kernel reads it.
+head's stretch of a page is contiguous, which is the order in which a decode kernel reads it. What a page of codes holds
+instead is said in `page_format.py`.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -25,16 +27,14 @@ class PagePool:
     a lock, so forks may be used from different threads.
 
     Args:
-        kv_heads: Heads of keys and values.
-        page_size: Tokens of a page.
-        head_dim: Elements of a key and of a value.
+        shape: Of a page: (2, kv_heads, page_size, head_dim), keys then values, or (bytes,) of codes.
         dtype: Storage dtype.
     """
 
-    def __init__(self, kv_heads: int, page_size: int, head_dim: int, dtype: np.dtype[Any]) -> None:
-        self.shape = (2, kv_heads, page_size, head_dim)
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.shape = shape
         self.dtype = dtype
-        self.page_nbytes = 2 * kv_heads * page_size * head_dim * dtype.itemsize
+        self.page_nbytes = math.prod(shape) * dtype.itemsize
         self._memory: dict[int, NDArray[Any]] = {}
         self._owners: dict[int, int] = {}
         self._next_page = 0
@@ -69,11 +69,11 @@ class PagePool:
             return self._owners[page] > 1
 
     def content(self, page: int) -> NDArray[Any]:
-        """Return the page itself: (2, kv_heads, page_size, head_dim), keys then values."""
+        """Return the page itself."""
         return self._memory[page]
 
     def address(self, page: int) -> int:
-        """Return the address of the page's keys; its values follow `page_nbytes // 2` bytes behind."""
+        """Return the address of the page."""
         return int(self._memory[page].ctypes.data)
 
     @property
@@ -84,7 +84,7 @@ class PagePool:
 
 
 def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    nbytes = int(np.prod(shape)) * dtype.itemsize
+    nbytes = math.prod(shape) * dtype.itemsize
     raw = np.zeros(nbytes + _ALIGNMENT, np.uint8)
     offset = -raw.ctypes.data % _ALIGNMENT
     return raw[offset : offset + nbytes].view(dtype).reshape(shape)

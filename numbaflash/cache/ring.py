@@ -2,7 +2,8 @@
 
 The law: however the tokens are cut into steps, `step` returns what `numbaflash.attention` returns on the whole sequence
 with `causal=True, window=(capacity - sink_tokens - 1, 0)`, plus the sink tokens. It holds for prompts longer than the
-ring too, because a step attends to its own tokens where they are and only then writes to the ring what will stay.
+ring too, because a step attends to its own tokens where they are and only then writes to the ring what will stay. A
+quantized cache obeys it with what `quantized.py` says each query sees in the place of the keys and values.
 """
 
 from __future__ import annotations
@@ -12,19 +13,26 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..arrays import as_numpy, like
 from ..backends import CACHE_BACKENDS, choose_backend
 from ..cpu import RUN_FIELDS, KVRuns, Visibility, attend_runs, contiguous_run
-from ..problem import DTYPES, MAX_HEAD_DIM, Scoring, check_dtype, check_heads, describe_scoring
-from . import files
+from ..problem import DTYPES, FLOAT16, MAX_HEAD_DIM, Scoring, check_dtype, check_heads, describe_scoring
+from . import files, quantized_step
 from .layer import LayerRing
-from .layout import RingLayout
+from .layout import RingLayout, raw_layout
+from .page_format import BITS, PageFormat
 from .pages import PagePool
+from .quantized import Closed, QuantizedLayer
+from .quantizers import Quantizer, quantizer_of
+from .size import layer_nbytes
 
 __all__ = ["RingKVCache", "attention_batch"]
+
+_CODES = {"int8": np.dtype(np.int8), "int4": np.dtype(ml_dtypes.int4)}
 
 
 class RingKVCache:
@@ -40,13 +48,18 @@ class RingKVCache:
         capacity: Tokens that stay visible: the attention window, sink tokens included.
         sink_tokens: First tokens that are never overwritten (StreamingLLM, section 3.2); fewer than `capacity`.
         dtype: Storage dtype, "float32", "float16" or "bfloat16". Keys and values are rounded to it before they are
-            attended to, so that results do not depend on how the tokens arrived.
+            attended to, so that results do not depend on how the tokens arrived. Or "int8" or "int4": a page is
+            quantized once it is full, the newest tokens are float16 until then, and so are the sink tokens for good.
+        quantizer: Of int8 and int4: "group" (the default), "hqq", either with options as `quantizer_of` takes them, or
+            a `Quantizer`.
         page_size: Tokens of a page: a power of two, 8 to 256.
         rollback: So many of the newest tokens can always be truncated, with the whole window still there.
         backend: "cpu", or None to choose.
 
     Attributes:
         layout: Capacity, sink tokens, page size and rollback, and the slots that follow from them.
+        quantizer: The one in use; None where dtype is a float.
+        pools: The pages that this cache and its forks take theirs from.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -62,6 +75,7 @@ class RingKVCache:
         capacity: int,
         sink_tokens: int = 0,
         dtype: DTypeLike = "float16",
+        quantizer: Quantizer | str | None = None,
         page_size: int = 64,
         rollback: int = 64,
         backend: str | None = None,
@@ -81,8 +95,23 @@ class RingKVCache:
         )
         self.dtype = _storage_dtype(dtype)
         self.backend = choose_backend(backend, CACHE_BACKENDS)
-        self._pool = PagePool(self.num_kv_heads, page_size, self.head_dim, self.dtype)
-        self._hold([LayerRing(self.layout, self._pool) for _ in range(self.num_layers)])
+        self.quantizer = _quantizer(self.dtype, quantizer)
+        if self.quantizer is None:
+            self._format: PageFormat | None = None
+            self.pools: tuple[PagePool, ...] = (self._page_pool(self.dtype),)
+            self._hold([LayerRing(self.layout, self.pools[0]) for _ in range(self.num_layers)])
+            return
+        self.quantizer.check_model(self.num_layers, self.num_kv_heads, self.head_dim)
+        self._format = self.quantizer.page_format(self.dtype.name, self.num_kv_heads, page_size, self.head_dim)
+        self.pools = self._page_pool(FLOAT16), PagePool((self._format.page_nbytes,), np.dtype(np.uint8))
+        self._hold([self._quantized_layer(self.quantizer, self._format) for _ in range(self.num_layers)])
+
+    def _page_pool(self, dtype: np.dtype[Any]) -> PagePool:
+        return PagePool((2, self.num_kv_heads, self.layout.page_size, self.head_dim), dtype)
+
+    def _quantized_layer(self, quantizer: Quantizer, page_format: PageFormat) -> QuantizedLayer:
+        raw, codes = self.pools
+        return QuantizedLayer(self.layout, page_format, codes, LayerRing(raw_layout(self.layout), raw), quantizer)
 
     def append(self, layer: int, k: Any, v: Any) -> None:
         """Write T tokens of one layer; the oldest fall out.
@@ -94,13 +123,22 @@ class RingKVCache:
 
         Raises:
             TypeError: Wrong dtypes.
-            ValueError: Wrong shapes, or no such layer.
+            ValueError: Wrong shapes, no such layer, or what is to be quantized is not finite in float16.
         """
         ring = self._layer(layer)
         keys, values = as_numpy(k, "k"), as_numpy(v, "v")
         check_dtype(k=keys, v=values)
         _check_kv(self, keys, values, lead=())
-        ring.write(_stored(keys, self.dtype), _stored(values, self.dtype))
+        if isinstance(ring, LayerRing):
+            ring.write(_stored(keys, self.dtype), _stored(values, self.dtype))
+            return
+        new = quantized_step.raw_tokens(self._part(layer), keys, values)
+        closed = ring.close_pages(*new)
+        try:
+            ring.write(*new, closed)
+        except BaseException:
+            ring.discard(closed)
+            raise
 
     def attend(
         self,
@@ -127,7 +165,8 @@ class RingKVCache:
 
         Raises:
             TypeError: Wrong dtypes.
-            ValueError: Wrong shapes, no such layer, or more queries than the ring still has the windows of.
+            ValueError: Wrong shapes, no such layer, or more queries than the ring still has the windows of, or the
+                float16 tokens of their pages.
         """
         ring = self._layer(layer)
         queries = as_numpy(q, "q")
@@ -148,7 +187,17 @@ class RingKVCache:
             alibi_slopes=alibi_slopes,
             sink_logits=sink_logits,
         )
-        return like(q, _attend([self], [ring], [start], queries[None], None, scoring)[0])
+        if isinstance(ring, LayerRing):
+            return like(q, _attend([self], [ring], [start], queries[None], None, scoring)[0])
+        if ring.page_start(start) < ring.raw_intact and start >= self.layout.sink_tokens:
+            raise ValueError(
+                f"q must have tokens whose pages are still there in float16, those from {ring.raw_intact} on; "
+                f"got the newest {len(queries)} of {ring.length}"
+            )
+        none = np.empty((0, self.num_kv_heads, self.head_dim), FLOAT16)
+        part, closed = self._part(layer), Closed(0, [])
+        out = quantized_step.attend([part], [start], queries[None], [(none, none)], [closed], scoring)
+        return like(q, out[0])
 
     def step(
         self,
@@ -213,7 +262,8 @@ class RingKVCache:
         """Take every layer back to `length` tokens; nothing changes when that raises.
 
         Raises:
-            ValueError: A layer is shorter, or its window would have holes (more than `rollback` tokens back).
+            ValueError: A layer is shorter, or its window would have holes (more than `rollback` tokens back); or it is
+                quantized, `length` lies inside a page, and that page is there as codes only.
         """
         length = _int_in("length", length, 0)
         for index, ring in enumerate(self._layers):
@@ -224,13 +274,28 @@ class RingKVCache:
                 raise ValueError(
                     f"length must be at least {least}, or layer {index}'s window would have holes; got {length}"
                 )
+            if isinstance(ring, QuantizedLayer) and not ring.can_truncate(length):
+                raise ValueError(
+                    f"length must be {ring.raw_intact} or more, or {ring.page_start(length)} where a page begins: "
+                    f"layer {index} holds what lies between as codes only; got {length}"
+                )
         for ring in self._layers:
-            ring.length = length
+            ring.truncate(length)
 
     def fork(self) -> RingKVCache:
         """Return a child that holds the same tokens and goes its own way; pages are shared until one side writes."""
         child = object.__new__(RingKVCache)
-        for name in ("num_layers", "num_kv_heads", "head_dim", "layout", "dtype", "backend", "_pool"):
+        for name in (
+            "num_layers",
+            "num_kv_heads",
+            "head_dim",
+            "layout",
+            "dtype",
+            "quantizer",
+            "backend",
+            "pools",
+            "_format",
+        ):
             setattr(child, name, getattr(self, name))
         child._hold([ring.fork() for ring in self._layers])
         return child
@@ -241,14 +306,11 @@ class RingKVCache:
         return sum(ring.nbytes for ring in self._layers)
 
     @property
-    def pool(self) -> PagePool:
-        """The pages that this cache and its forks take theirs from."""
-        return self._pool
-
-    @property
     def max_nbytes(self) -> int:
         """Bytes of the pages once every ring is full."""
-        return self.num_layers * self.layout.slots * self._pool.page_nbytes
+        quantizer = self.quantizer
+        one = layer_nbytes(self.num_kv_heads, self.head_dim, self.layout, self.dtype.name, quantizer)
+        return self.num_layers * one.total
 
     def save(
         self,
@@ -276,14 +338,18 @@ class RingKVCache:
             page_size=self.layout.page_size,
             rollback=self.layout.rollback,
             dtype=self.dtype.name,
+            quantizer=None if self.quantizer is None else self.quantizer.text,
         )
-        layers = [files.LayerState(length=ring.length, intact=ring.intact) for ring in self._layers]
+        layers = [files.LayerState(ring.length, ring.intact, ring.raw_intact) for ring in self._layers]
+        codes = [ring for ring in self._layers if isinstance(ring, QuantizedLayer)]
         files.write(
             path,
             shape,
             layers,
             lambda layer, start, stop: self._layers[layer].read(start, stop),
-            self.dtype,
+            self.pools[0].dtype,
+            lambda layer, page: codes[layer].read_page(page),
+            channel_scales=getattr(self.quantizer, "channel_scales", None),
             notes=notes or {},
             attachments=attachments or {},
         )
@@ -311,23 +377,35 @@ class RingKVCache:
             capacity=shape.capacity,
             sink_tokens=shape.sink_tokens,
             dtype=shape.dtype,
+            quantizer=None if shape.quantizer is None else quantizer_of(shape.quantizer, path.channel_scales()),
             page_size=shape.page_size,
             rollback=shape.rollback,
             backend=backend,
         )
         for layer, (ring, state) in enumerate(zip(cache._layers, path.layers, strict=True)):
+            raw = ring if isinstance(ring, LayerRing) else ring.raw
             for position, keys, values in path.tokens(layer):
-                ring.length = position
-                ring.write(keys, values)
-            ring.length, ring.intact = state.length, state.intact
+                raw.length = position
+                raw.write(keys, values)
+            raw.length, raw.intact = state.length, state.raw_intact
+            if isinstance(ring, QuantizedLayer):
+                ring.intact = state.intact
+                for page, content in path.pages(layer):
+                    ring.write_page(page, content)
         return cache
 
-    def _hold(self, layers: list[LayerRing]) -> None:
+    def _part(self, layer: int) -> quantized_step.Part:
+        ring, quantizer, page_format = self._layer(layer), self.quantizer, self._format
+        if not isinstance(ring, QuantizedLayer) or quantizer is None or page_format is None:
+            raise TypeError(f"a cache of dtype {self.dtype.name} is not quantized")
+        return quantized_step.Part(ring, layer, self.layout, page_format, quantizer)
+
+    def _hold(self, layers: list[LayerRing | QuantizedLayer]) -> None:
         self._layers = layers
         # A cache that is no longer used gives its pages back to the pool, which its forks may still use.
         weakref.finalize(self, _release, layers).atexit = False
 
-    def _layer(self, layer: int) -> LayerRing:
+    def _layer(self, layer: int) -> LayerRing | QuantizedLayer:
         return self._layers[_int_in("layer", layer, 0, self.num_layers - 1)]
 
 
@@ -346,7 +424,8 @@ def attention_batch(
     """`RingKVCache.step` for N caches of any lengths in one launch.
 
     Args:
-        caches: N different caches with the same heads, head_dim and dtype; capacities and sink tokens may differ.
+        caches: N different caches with the same heads, head_dim and dtype, and pages of the same format where they are
+            quantized; capacities and sink tokens may differ.
         layer: A layer that all of them have.
         q: (N, T, Hq, D).
         k: (N, T, Hkv, D).
@@ -374,6 +453,8 @@ def attention_batch(
     kinds = {(cache.num_kv_heads, cache.head_dim, cache.dtype.name) for cache in caches}
     if len(kinds) != 1:
         raise ValueError(f"caches must agree in kv heads, head_dim and dtype, got {sorted(kinds)}")
+    if len({cache._format for cache in caches}) != 1:
+        raise ValueError("caches must agree in page_size and the quantizer's groups where they are quantized")
     queries, keys, values = as_numpy(q, "q"), as_numpy(k, "k"), as_numpy(v, "v")
     check_dtype(q=queries, k=keys, v=values)
     lead = (len(caches),)
@@ -402,7 +483,9 @@ def _step(
     scoring: Scoring,
 ) -> NDArray[Any]:
     """Attend to what the caches hold and to the new tokens, then write those."""
-    rings = [cache._layer(layer) for cache in caches]
+    if caches[0].quantizer is not None:
+        return quantized_step.step([cache._part(layer) for cache in caches], q, k, v, scoring)
+    rings = [ring for cache in caches if isinstance(ring := cache._layer(layer), LayerRing)]
     stored = _stored(k, caches[0].dtype), _stored(v, caches[0].dtype)
     out = _attend(caches, rings, [ring.length for ring in rings], q, stored, scoring)
     for ring, keys, values in zip(rings, *stored, strict=True):
@@ -445,7 +528,7 @@ def _attend(
     return attend_runs(q, runs, visibility, scoring)[0]
 
 
-def _release(layers: Sequence[LayerRing]) -> None:
+def _release(layers: Sequence[LayerRing | QuantizedLayer]) -> None:
     for ring in layers:
         ring.release()
 
@@ -479,12 +562,24 @@ def _check_shape(name: str, array: NDArray[Any], axes: tuple[int | str, ...]) ->
 
 def _storage_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     try:
-        resolved = np.dtype(dtype)
+        resolved = _CODES[dtype] if isinstance(dtype, str) and dtype in _CODES else np.dtype(dtype)
     except TypeError:
-        resolved = None
-    if resolved not in DTYPES:
-        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
+        resolved = np.dtype(np.void)
+    if resolved not in (*DTYPES, *_CODES.values()):
+        raise ValueError(f"dtype must be float32, float16, bfloat16, int8 or int4, got {dtype!r}")
     return resolved
+
+
+def _quantizer(dtype: np.dtype[Any], quantizer: Quantizer | str | None) -> Quantizer | None:
+    if dtype.name not in BITS:
+        if quantizer is not None:
+            raise ValueError(f"quantizer must be None for dtype {dtype.name}, got {quantizer!r}")
+        return None
+    if isinstance(quantizer, Quantizer):
+        return quantizer
+    if quantizer is not None and not isinstance(quantizer, str):
+        raise TypeError(f"quantizer must be a name, a Quantizer or None, got {type(quantizer).__name__}")
+    return quantizer_of("group" if quantizer is None else quantizer)
 
 
 def _int_in(name: str, value: object, least: int, most: int | None = None) -> int:

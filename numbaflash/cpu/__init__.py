@@ -1,12 +1,13 @@
 """The CPU backend: Numba kernels with LLVM vector micro-kernels, over keys and values that lie in runs of tokens."""
 
-from .runs import RUN_FIELDS, UNBOUNDED, KVRuns, Visibility, contiguous_run
+from .runs import RUN_FIELDS, UNBOUNDED, Codes, KVRuns, Visibility, contiguous_run
 from .solve import SPLIT_KV_MAX_TOKENS, attend_runs, attention, readable
 
 __all__ = [
     "RUN_FIELDS",
     "SPLIT_KV_MAX_TOKENS",
     "UNBOUNDED",
+    "Codes",
     "KVRuns",
     "Visibility",
     "attend_runs",

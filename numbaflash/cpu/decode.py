@@ -11,10 +11,11 @@ from __future__ import annotations
 import numpy as np
 
 from ..problem import MAX_HEAD_DIM
+from .codes import is_quantized, score_quantized, weigh_quantized
 from .emit import FLOAT32
 from .functions import LOG2E, exp2
 from .jit import kernel, native
-from .kv import TILE_KEYS, key_at, run_end, run_field, runs_end, skip_runs, value_at
+from .kv import TILE_KEYS
 from .micro import ROWS_PER_SCORE, score_keys, weigh_values
 from .panel import is_finite, lse_at, out_at, query_at, query_factor, query_head, query_position, query_rows
 from .rows import VECTOR_BYTES, clear, narrow_row, padded, widen_row
@@ -41,6 +42,7 @@ from .vector import (
     store_float,
     sub,
 )
+from .walk import key_at, run_end, run_field, runs_end, skip_runs, value_at
 
 __all__ = ["DECODE_SCRATCH", "decode", "partial_bytes", "plan_decode"]
 
@@ -184,6 +186,27 @@ def score_split(task, sequence, kv_head, rows, begin, count, scratch):
         stride = run_field(task, run, K_TOKEN_STRIDE)
         if low < high:
             forbid(scores, rows, at, low)
+        if low < high and is_quantized(task, run):
+            following = value_at(task, first_run, kv_head, begin)
+            if run + 1 < stop and high < count:
+                following = key_at(task, run + 1, kv_head, run_field(task, run + 1, START))
+            ahead = following - key_at(task, run, kv_head, begin + low)
+            score_quantized(
+                task,
+                run,
+                kv_head,
+                begin + low,
+                high - low,
+                ahead,
+                rows,
+                together,
+                queries,
+                query_row,
+                scores + 4 * low,
+                _SCORE_ROW,
+                tile,
+            )
+            low = at = high
         while low < high:
             n = min(high - low, TILE_KEYS)
             keys = key_at(task, run, kv_head, begin + low)
@@ -274,6 +297,27 @@ def weigh_split(task, sequence, kv_head, rows, begin, count, scratch, exact):
         low = max(run_field(task, run, START) - begin, at)
         high = min(run_end(task, run) - begin, count)
         stride = run_field(task, run, V_TOKEN_STRIDE)
+        if low < high and is_quantized(task, run):
+            ahead = 0
+            if run + 1 < stop and high < count:
+                following = value_at(task, run + 1, kv_head, run_field(task, run + 1, START))
+                ahead = following - value_at(task, run, kv_head, begin + low)
+            weigh_quantized(
+                task,
+                run,
+                kv_head,
+                begin + low,
+                high - low,
+                ahead,
+                rows,
+                exact,
+                weights + 4 * low,
+                _SCORE_ROW,
+                out,
+                out_row,
+                tile,
+            )
+            low = at = high
         while low < high:
             n = min(high - low, TILE_KEYS)
             values = value_at(task, run, kv_head, begin + low)

@@ -1,41 +1,27 @@
-"""Walking the runs of a sequence, and laying a tile of its keys and values side by side."""
+"""Laying a tile of a sequence's keys and values side by side, wherever its runs lie."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from ..problem import MAX_HEAD_DIM
+from .codes import is_quantized, unpack_tokens
 from .emit import FLOAT32
 from .jit import native
 from .panel import query_position
-from .rows import clear, padded, widen_row
-from .runs import (
-    COUNT,
-    K_ADDRESS,
-    K_HEAD_STRIDE,
-    K_TOKEN_STRIDE,
-    RUN_FIELDS,
-    START,
-    V_ADDRESS,
-    V_HEAD_STRIDE,
-    V_TOKEN_STRIDE,
-)
+from .rows import CACHE_LINE, clear, padded, widen_row
+from .runs import K_TOKEN_STRIDE, START, V_TOKEN_STRIDE
 from .vector import load_int, prefetch, store_float
+from .walk import key_at, run_end, run_field, runs_end, skip_runs, value_at
 
 __all__ = [
     "TILE_BYTES",
     "TILE_KEYS",
     "Tile",
-    "key_at",
     "load_tile",
     "next_tile",
     "prefetch_tile",
-    "run_end",
-    "run_field",
-    "runs_end",
-    "skip_runs",
     "tiles_end",
-    "value_at",
 ]
 
 # Keys of a prefill tile. Tiles start at multiples of it, whatever the runs and however the sequence was cut into steps.
@@ -43,8 +29,6 @@ TILE_KEYS = 128
 
 # Memory for a tile: keys, values, and whether they exist.
 TILE_BYTES = 4 * TILE_KEYS * (2 * MAX_HEAD_DIM + 1)
-
-CACHE_LINE = 64
 
 
 class Tile(NamedTuple):
@@ -64,53 +48,6 @@ class Tile(NamedTuple):
     first: int
     last: int
     missing: bool
-
-
-@native
-def run_field(task, run, field):
-    """A column of the run table."""
-    return load_int(task.runs + (run * RUN_FIELDS + field) * 8)
-
-
-@native
-def run_end(task, run):
-    """The position behind a run's last token."""
-    return run_field(task, run, START) + run_field(task, run, COUNT)
-
-
-@native
-def runs_end(task, sequence):
-    """The position behind the last token of a sequence, 0 where it has none."""
-    first, last = load_int(task.bounds + 8 * sequence), load_int(task.bounds + 8 * sequence + 8)
-    return run_end(task, last - 1) if first < last else 0
-
-
-@native
-def skip_runs(task, sequence, run, position):
-    """The first run from `run` on that reaches beyond `position`."""
-    last = load_int(task.bounds + 8 * sequence + 8)
-    while run < last and run_end(task, run) <= position:
-        run += 1
-    return run
-
-
-@native
-def _token_at(task, run, kv_head, position, address, token_stride, head_stride):
-    inside = position - run_field(task, run, START)
-    at = run_field(task, run, address) + kv_head * run_field(task, run, head_stride)
-    return at + inside * run_field(task, run, token_stride)
-
-
-@native
-def key_at(task, run, kv_head, position):
-    """Address of the key at a position of a run."""
-    return _token_at(task, run, kv_head, position, K_ADDRESS, K_TOKEN_STRIDE, K_HEAD_STRIDE)
-
-
-@native
-def value_at(task, run, kv_head, position):
-    """Address of the value at a position of a run."""
-    return _token_at(task, run, kv_head, position, V_ADDRESS, V_TOKEN_STRIDE, V_HEAD_STRIDE)
 
 
 @native
@@ -152,9 +89,13 @@ def load_tile(task, sequence, kv_head, run, position, memory):
             _leave_out(keys, k_row, values, v_row, exists, last, low)
             k_token, v_token = run_field(task, run, K_TOKEN_STRIDE), run_field(task, run, V_TOKEN_STRIDE)
             k, v = key_at(task, run, kv_head, position + low), value_at(task, run, kv_head, position + low)
+            if is_quantized(task, run):
+                to, at = keys + low * k_row, values + low * v_row
+                unpack_tokens(task, run, kv_head, position + low, high - low, to, k_row, at, v_row)
             for n in range(low, high):
-                widen_row(keys + n * k_row, k, task.head_dim, task.kv_dtype)
-                widen_row(values + n * v_row, v, task.value_dim, task.kv_dtype)
+                if not is_quantized(task, run):
+                    widen_row(keys + n * k_row, k, task.head_dim, task.kv_dtype)
+                    widen_row(values + n * v_row, v, task.value_dim, task.kv_dtype)
                 store_float(exists + 4 * n, 1.0)
                 k += k_token
                 v += v_token

@@ -30,8 +30,11 @@ __all__ = [
     "VALUE_VECTORS",
     "accumulate_panel",
     "accumulate_panel_skipping_zeros",
+    "counted_loop",
+    "horizontal_sums",
     "multiply_panel",
     "score_keys",
+    "strided",
     "transpose_block",
     "weigh_values",
 ]
@@ -42,7 +45,7 @@ VECTOR_BYTES = 4 * LANES
 
 
 @contextmanager
-def _counted_loop(
+def counted_loop(
     builder: ir.IRBuilder, steps: ir.Value, start: list[ir.Value]
 ) -> Iterator[tuple[ir.Value, list[Any], list[ir.Value], list[Any]]]:
     """Emit `for step in range(steps)`; yields (step, values carried in, list to fill with values carried out, results).
@@ -74,7 +77,8 @@ def _counted_loop(
     builder.position_at_end(after)
 
 
-def _strided(builder: ir.IRBuilder, base: ir.Value, stride: ir.Value, count: int) -> list[ir.Value]:
+def strided(builder: ir.IRBuilder, base: ir.Value, stride: ir.Value, count: int) -> list[ir.Value]:
+    """The addresses of `count` things that lie `stride` bytes apart."""
     return [builder.add(base, builder.mul(stride, ir.Constant(I64, i))) if i else base for i in range(count)]
 
 
@@ -100,10 +104,10 @@ def _panel_product(vectors: int, accumulate: bool, skip_zeros: bool = False) -> 
         c_row: ir.Value,
         factor: ir.Value,
     ) -> None:
-        a_rows = _strided(builder, a, a_row, TILE_ROWS)
+        a_rows = strided(builder, a, a_row, TILE_ROWS)
         zero = emit.constant(0.0, VECTOR)
         start = [zero] * (TILE_ROWS * vectors)
-        with _counted_loop(builder, steps, start) as (step, sums, following, totals):
+        with counted_loop(builder, steps, start) as (step, sums, following, totals):
             b_at = builder.add(b, builder.mul(step, b_step))
             a_offset = builder.mul(step, a_step)
             row = [emit.load_at(builder, emit.offset(builder, b_at, j * VECTOR_BYTES), VECTOR) for j in range(vectors)]
@@ -118,7 +122,7 @@ def _panel_product(vectors: int, accumulate: bool, skip_zeros: bool = False) -> 
             emit.load_at(builder, emit.offset(builder, factor, j * VECTOR_BYTES), VECTOR)
             for j in range(vectors if accumulate else 0)
         ]
-        for i, c_at in enumerate(_strided(builder, c, c_row, TILE_ROWS)):
+        for i, c_at in enumerate(strided(builder, c, c_row, TILE_ROWS)):
             for j in range(vectors):
                 at = emit.offset(builder, c_at, j * VECTOR_BYTES)
                 value = totals[i * vectors + j]
@@ -191,7 +195,7 @@ def _merged_labels(x: list[int], y: list[int], span: int) -> list[int]:
     return [label for at in range(0, len(x), per_lane) for label in (*x[at : at + per_lane], *y[at : at + per_lane])]
 
 
-def _horizontal_sums(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+def horizontal_sums(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
     """A vector whose lane i is the sum of the lanes of vectors[i]: a transposition that adds, log2(LANES) deep."""
     order = _reduced_order([[i] for i in range(LANES)])
     level = [vectors[order.index(i)] for i in range(LANES)]
@@ -231,9 +235,9 @@ def _score_block(dtype: int, rows: int) -> Any:
             wanted = ir.Constant(I64, key)
             index = builder.select(builder.icmp_signed("<", wanted, last), wanted, last)
             key_at.append(builder.add(k, builder.mul(index, k_stride)))
-        q_rows = _strided(builder, q, q_row, rows)
+        q_rows = strided(builder, q, q_row, rows)
         start = [emit.constant(0.0, VECTOR)] * LANES
-        with _counted_loop(builder, steps, start) as (step, sums, following, totals):
+        with counted_loop(builder, steps, start) as (step, sums, following, totals):
             element = ir.Constant(I64, LANES * (4 if dtype == FLOAT32 else 2))
             k_offset = builder.mul(step, element)
             q_offset = builder.mul(step, ir.Constant(I64, VECTOR_BYTES))
@@ -246,8 +250,8 @@ def _score_block(dtype: int, rows: int) -> Any:
                 for row in range(rows):
                     updated[row, key] = emit.multiply_add(builder, queries[row], vector, sums[row * keys + key])
             following += [updated[row, key] for row in range(rows) for key in range(keys)]
-        result = _horizontal_sums(builder, totals)
-        for row, at in enumerate(_strided(builder, scores, scores_row, rows)):
+        result = horizontal_sums(builder, totals)
+        for row, at in enumerate(strided(builder, scores, scores_row, rows)):
             part = emit.shuffle(builder, result, result, list(range(row * keys, (row + 1) * keys)))
             emit.store_at(builder, at, part)
 
@@ -268,14 +272,14 @@ def _value_block(dtype: int, rows: int, vectors: int) -> Any:
         out: ir.Value,
         out_row: ir.Value,
     ) -> None:
-        weight_rows = _strided(builder, weights, weights_row, rows)
+        weight_rows = strided(builder, weights, weights_row, rows)
         places = [
             emit.offset(builder, at, j * VECTOR_BYTES)
-            for at in _strided(builder, out, out_row, rows)
+            for at in strided(builder, out, out_row, rows)
             for j in range(vectors)
         ]
         start = [emit.load_at(builder, at, VECTOR) for at in places]
-        with _counted_loop(builder, keys, start) as (key, sums, following, totals):
+        with counted_loop(builder, keys, start) as (key, sums, following, totals):
             v_at = builder.add(v, builder.mul(key, v_stride))
             nbytes = LANES * (4 if dtype == FLOAT32 else 2)
             for line in range(0, vectors * nbytes, 64):
@@ -378,7 +382,7 @@ def weigh_values(dtype, rows, v, v_stride, ahead, weights, weights_row, count, o
 def _transpose(
     builder: ir.IRBuilder, source: ir.Value, source_row: ir.Value, target: ir.Value, target_row: ir.Value
 ) -> None:
-    rows = [emit.load_at(builder, at, VECTOR) for at in _strided(builder, source, source_row, LANES)]
+    rows = [emit.load_at(builder, at, VECTOR) for at in strided(builder, source, source_row, LANES)]
     half = LANES // 2
     while half:  # swap the off-diagonal quarters of each square of 2 * half
         for i in range(LANES):
@@ -388,7 +392,7 @@ def _transpose(
                 rows[i] = emit.shuffle(builder, a, b, [x + LANES - half if x & half else x for x in lanes])
                 rows[i + half] = emit.shuffle(builder, a, b, [x + LANES if x & half else x + half for x in lanes])
         half //= 2
-    for at, row in zip(_strided(builder, target, target_row, LANES), rows, strict=True):
+    for at, row in zip(strided(builder, target, target_row, LANES), rows, strict=True):
         emit.store_at(builder, at, row)
 
 

@@ -22,9 +22,10 @@ from .vector import (
     store_one_float16,
 )
 
-__all__ = ["VECTOR_BYTES", "clear", "load_element", "narrow_row", "padded", "widen_row"]
+__all__ = ["CACHE_LINE", "VECTOR_BYTES", "clear", "load_element", "narrow_row", "padded", "widen_row"]
 
 VECTOR_BYTES = 4 * LANES
+CACHE_LINE = 64
 
 
 @native

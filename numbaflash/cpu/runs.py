@@ -25,6 +25,7 @@ __all__ = [
     "V_ADDRESS",
     "V_HEAD_STRIDE",
     "V_TOKEN_STRIDE",
+    "Codes",
     "KVRuns",
     "Visibility",
     "contiguous_run",
@@ -38,6 +39,34 @@ Ints: TypeAlias = Sequence[int] | NDArray[np.int64]
 
 # A window side that reaches past every position, and can be added to a position without overflow.
 UNBOUNDED = 1 << 62
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """How quantized runs are stored; each lies in one page of codes.
+
+    An element is scale * code + offset, codes being unsigned; where they are symmetric, offset = -scale * 2^(bits - 1).
+    A token's row of codes goes in blocks of 32 elements: in order where they have 8 bits; of 4 bits, byte i of a block
+    holds element i below and element i + 16 above. Scales, then offsets unless codes are symmetric, are float16: for
+    keys by channel (head_dim,), the same for all tokens of the page; else (groups, page_size), groups being consecutive
+    elements of a token. The stride between heads is that of their codes.
+
+    Attributes:
+        parameters: (runs, 2) int64: addresses of the scales of head 0's first key and value; 0 where a run is not
+            quantized.
+        bits: 8 or 4.
+        key_group: Elements of a group of a key, a multiple of 32 that divides head_dim; 0 where keys go by channel.
+        value_group: Elements of a group of a value, likewise.
+        symmetric: Whether there are no offsets.
+        page_size: Tokens of a page, at most 256.
+    """
+
+    parameters: NDArray[np.int64]
+    bits: int
+    key_group: int
+    value_group: int
+    symmetric: bool
+    page_size: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +84,7 @@ class KVRuns:
         kv_heads: Heads of keys and values.
         head_dim: Elements of a key.
         value_dim: Elements of a value.
+        codes: What runs in it are quantized, and how; None: all are stored in `dtype`.
     """
 
     table: NDArray[np.int64]
@@ -63,6 +93,7 @@ class KVRuns:
     kv_heads: int
     head_dim: int
     value_dim: int
+    codes: Codes | None = None
 
 
 class Visibility:

@@ -214,6 +214,15 @@ def _describe(
         options["alibi_slopes"] = scoring.alibi_slopes.ctypes.data
     if scoring.sink_logits is not None:
         options["sink_logits"] = scoring.sink_logits.ctypes.data
+    if (codes := runs.codes) is not None:
+        options |= {
+            "codes": codes.parameters.ctypes.data,
+            "code_bits": codes.bits,
+            "key_group": codes.key_group,
+            "value_group": codes.value_group,
+            "symmetric": codes.symmetric,
+            "page_size": codes.page_size,
+        }
     return make_task(
         sequences=len(runs.bounds) - 1,
         q_tokens=tokens,

@@ -41,6 +41,8 @@ _INTEGERS = (
     *("lse", "lse_batch", "lse_head", "lse_token"),
     # KVRuns and Visibility.
     *("runs", "bounds", "kv_dtype", "q_start", "left", "right", "sinks"),
+    # Codes.
+    *("codes", "code_bits", "key_group", "value_group", "symmetric", "page_size"),
     # Scoring.
     *("alibi_slopes", "sink_logits"),
     *("bias", "bias_batch", "bias_head", "bias_row", "bias_key", "bias_dtype"),

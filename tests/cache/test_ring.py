@@ -107,22 +107,22 @@ def test_attend_refuses_more_queries_than_tokens():
 def test_a_fork_shares_every_page_until_one_side_writes():
     cache = cache_of()
     fill(cache, 20)
-    before = cache._pool.nbytes
+    before = cache.pools[0].nbytes
     fork = cache.fork()
-    assert cache._pool.nbytes == before
+    assert cache.pools[0].nbytes == before
     fill(fork, 1)
-    assert cache._pool.nbytes == before + cache._pool.page_nbytes
+    assert cache.pools[0].nbytes == before + cache.pools[0].page_nbytes
 
 
 def test_pages_of_a_dead_fork_are_given_back():
     cache = cache_of()
     fill(cache, 20)
-    before = cache._pool.nbytes
+    before = cache.pools[0].nbytes
     fork = cache.fork()
     fill(fork, 20)
     del fork
     gc.collect()
-    assert cache._pool.nbytes == before
+    assert cache.pools[0].nbytes == before
 
 
 def test_a_step_that_fails_leaves_the_cache_as_it_was(monkeypatch):
@@ -146,7 +146,7 @@ def test_a_step_that_fails_leaves_the_cache_as_it_was(monkeypatch):
 def test_a_page_that_cannot_be_had_leaves_the_cache_as_it_was(monkeypatch):
     cache = cache_of()
     fill(cache, 4)
-    acquire = cache._pool.acquire
+    acquire = cache.pools[0].acquire
     calls = []
 
     def fail_on_third():
@@ -155,11 +155,11 @@ def test_a_page_that_cannot_be_had_leaves_the_cache_as_it_was(monkeypatch):
             raise MemoryError
         return acquire()
 
-    monkeypatch.setattr(cache._pool, "acquire", fail_on_third)
+    monkeypatch.setattr(cache.pools[0], "acquire", fail_on_third)
     before = cache.nbytes
     with pytest.raises(MemoryError):
         fill(cache, 25)
-    assert (cache.length(0), cache.nbytes, cache._pool.nbytes) == (4, before, before)
+    assert (cache.length(0), cache.nbytes, cache.pools[0].nbytes) == (4, before, before)
 
 
 def test_values_too_large_for_the_storage_dtype_become_infinite_in_their_own_head_only():
@@ -185,8 +185,8 @@ def test_values_too_large_for_the_storage_dtype_become_infinite_in_their_own_hea
         ({"page_size": 48}, ValueError, "page_size must be a power of two, got 48"),
         ({"page_size": 4}, ValueError, "page_size must be 8 to 256, got 4"),
         ({"rollback": -1}, ValueError, "rollback must be 0 or more, got -1"),
-        ({"dtype": "float64"}, ValueError, "dtype must be float32, float16 or bfloat16, got 'float64'"),
-        ({"dtype": "nonsense"}, ValueError, "dtype must be float32, float16 or bfloat16, got 'nonsense'"),
+        ({"dtype": "float64"}, ValueError, "dtype must be float32, float16, bfloat16, int8 or int4, got 'float64'"),
+        ({"dtype": "nonsense"}, ValueError, "dtype must be float32, float16, bfloat16, int8 or int4, got 'nonsense'"),
         ({"backend": "tpu"}, ValueError, "backend must be .* got 'tpu'"),
     ],
     ids=str,

@@ -1,0 +1,355 @@
+"""Quantizers: from pages of keys and values in 16 bits to codes of 8 or 4.
+
+All of them give an element as scale * code + offset, and differ in how they choose scale and offset. By channel, each
+channel of a page's keys has one of both for all its tokens (KIVI, section 3: some channels of keys are always large);
+by token, each group of a token's consecutive elements has its own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays import as_numpy
+from ..cpu.fit import encode, half_quadratic
+from .channel_scales import search_channel_scales
+from .page_format import BITS, GROUP_SIZES, PageFormat, Quantized
+
+__all__ = ["AWQQuantizer", "GroupQuantizer", "HQQQuantizer", "Quantizer", "quantizer_of"]
+
+_Floats = NDArray[np.float32]
+
+# Turns of the half-quadratic splitting: after 12 no group's error falls by more than a thousandth.
+_ROUNDS = 12
+
+
+@dataclass(frozen=True)
+class Quantizer(ABC):
+    """How scales and offsets are chosen.
+
+    Args:
+        group_size: Consecutive elements of a token that share a scale: 32, 64 or 128, and a divisor of head_dim. None:
+            64, or 32 where that does not divide it.
+        symmetric: No offsets: codes lie around 0, half the bytes for scales.
+        keys: "channel": one scale for each channel of a page's keys; "token": groups, as values have them.
+
+    Attributes:
+        name: By which it is chosen.
+    """
+
+    group_size: int | None = None
+    symmetric: bool = False
+    keys: str = "channel"
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size must be {', '.join(map(str, GROUP_SIZES))} or None, got {self.group_size!r}")
+        if not isinstance(self.symmetric, bool):
+            raise TypeError(f"symmetric must be a bool, got {type(self.symmetric).__name__}")
+        if self.keys not in ("channel", "token"):
+            raise ValueError(f"keys must be 'channel' or 'token', got {self.keys!r}")
+
+    @property
+    def text(self) -> str:
+        """The quantizer as `quantizer_of` reads it, such as "group:group_size=32,keys=token"."""
+        options = [
+            f"{option.name}={getattr(self, option.name)}".removesuffix("=True")
+            for option in fields(Quantizer)
+            if getattr(self, option.name) != option.default
+        ]
+        return ":".join([self.name, *([",".join(options)] if options else [])])
+
+    def page_format(self, dtype: str, kv_heads: int, page_size: int, head_dim: int) -> PageFormat:
+        """Return what a page of such codes looks like.
+
+        Args:
+            dtype: "int8" or "int4".
+            kv_heads: Heads of keys and values.
+            page_size: Tokens of a page.
+            head_dim: Elements of a key and of a value.
+
+        Raises:
+            ValueError: The group does not divide head_dim.
+        """
+        size = self.group_size or (32 if head_dim % 64 else 64)
+        if head_dim % size:
+            raise ValueError(f"head_dim must be a multiple of the quantizer's group of {size}, got {head_dim}")
+        return PageFormat(
+            bits=BITS[dtype],
+            key_group=0 if self.keys == "channel" else size,
+            value_group=size,
+            symmetric=self.symmetric,
+            kv_heads=kv_heads,
+            page_size=page_size,
+            head_dim=head_dim,
+        )
+
+    def check_model(self, num_layers: int, kv_heads: int, head_dim: int) -> None:  # noqa: B027 (most fit any model)
+        """Raise ValueError where the quantizer was made for another model."""
+
+    def fold_keys(self, layer: int, keys: NDArray[Any]) -> NDArray[Any]:  # noqa: ARG002 (most fold nothing)
+        """Return keys (..., Hkv, D) as the cache is to hold them."""
+        return keys
+
+    def fold_queries(self, layer: int, queries: NDArray[Any]) -> NDArray[Any]:  # noqa: ARG002
+        """Return queries (..., Hq, D) as they are to meet what `fold_keys` returned."""
+        return queries
+
+    def pack(
+        self, page_format: PageFormat, keys: NDArray[np.float16], values: NDArray[np.float16]
+    ) -> NDArray[np.uint8]:
+        """Quantize whole pages, (pages, page_size, Hkv, D) each and finite, to (pages, page_nbytes).
+
+        A page's bytes depend on its own content alone.
+        """
+        return page_format.pack(
+            self._quantize(keys, page_format.bits, page_format.key_group),
+            self._quantize(values, page_format.bits, page_format.value_group),
+        )
+
+    @abstractmethod
+    def fit(self, x: _Floats, top: int, *, by_channel: bool) -> tuple[_Floats, _Floats]:
+        """Choose scales and offsets, which will be rounded to float16.
+
+        Args:
+            x: (batch, size, groups), finite.
+            top: Largest code; the smallest is 0.
+            by_channel: Whether a group is a channel over the tokens of a page, else elements of one token.
+
+        Returns:
+            (batch, groups) each. Where the quantizer is symmetric, offsets are not looked at.
+        """
+
+    def dequantized(self, x: NDArray[Any], bits: int, group: int) -> _Floats:
+        """Return what (tokens, Hkv, D) become once they were quantized by groups of so many elements of a token."""
+        codes, scales, offsets = self._quantize(x[None], bits, group)
+        wide = scales.astype(np.float32)
+        zeros = wide * np.float32(-(2 ** (bits - 1))) if offsets is None else offsets.astype(np.float32)
+        elements: _Floats = wide[..., None] * codes.reshape(*scales.shape, group) + zeros[..., None]
+        return elements.reshape(x.shape)
+
+    def _quantize(self, x: NDArray[Any], bits: int, group: int) -> Quantized:
+        """Quantize (pages, tokens, Hkv, D) by groups of so many elements of a token, or by channels (0)."""
+        pages, tokens, kv_heads, head_dim = x.shape
+        if group == 0:
+            grouped = np.ascontiguousarray(x.reshape(pages, tokens, -1), np.float32)
+        else:
+            grouped = np.ascontiguousarray(x.reshape(-1, group).T[None], np.float32)
+        scales, offsets = _rounded(self.fit(grouped, 2**bits - 1, by_channel=group == 0))
+        codes, _ = _encode(grouped, 2**bits - 1, scales, None if self.symmetric else offsets)
+        shape: tuple[int, ...] = (pages, kv_heads, head_dim)
+        if group:
+            codes, shape = codes[0].T, (pages, tokens, kv_heads, head_dim // group)
+        codes = codes.reshape(x.shape)
+        return Quantized(codes, scales.reshape(shape), None if self.symmetric else offsets.reshape(shape))
+
+
+@dataclass(frozen=True)
+class GroupQuantizer(Quantizer):
+    """The range of each group, from its smallest element to its largest, in equal steps."""
+
+    name: ClassVar[str] = "group"
+
+    def fit(self, x: _Floats, top: int, *, by_channel: bool) -> tuple[_Floats, _Floats]:  # noqa: ARG002
+        """Take the range; where symmetric, that of the magnitudes."""
+        low, high = x.min(axis=1), x.max(axis=1)
+        if self.symmetric:
+            return np.maximum(-low, high) / np.float32(top - _middle(top)), low
+        return (high - low) / np.float32(top), low
+
+
+@dataclass(frozen=True)
+class HQQQuantizer(Quantizer):
+    """Half-quadratic quantization: from the range on, offsets and scales that leave most elements nearer.
+
+    Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023); it needs no calibration.
+    The scale of a channel stays that of its range: a smaller one would cut off the few keys that are far out, which
+    attention looks for.
+    """
+
+    name: ClassVar[str] = "hqq"
+
+    def fit(self, x: _Floats, top: int, *, by_channel: bool) -> tuple[_Floats, _Floats]:
+        """Improve on the range of each group; where the squared error has not fallen, keep it."""
+        first = GroupQuantizer(symmetric=self.symmetric).fit(x, top, by_channel=by_channel)
+        scales, offsets = (part.copy() for part in first)
+        middle = _middle(top) if self.symmetric else 0
+        half_quadratic(
+            x,
+            scales,
+            offsets,
+            np.float32(top),
+            np.float32(middle),
+            self.symmetric or not by_channel,
+            not self.symmetric,
+            _ROUNDS,
+        )
+        fits = [_rounded(fit) for fit in (first, (scales, offsets))]
+        errors = [_encode(x, top, s, None if self.symmetric else o)[1] for s, o in fits]
+        better = errors[1] < errors[0]
+        (old_scales, old_offsets), (new_scales, new_offsets) = fits
+        return np.where(better, new_scales, old_scales), np.where(better, new_offsets, old_offsets)
+
+
+@dataclass(frozen=True, eq=False)
+class AWQQuantizer(HQQQuantizer):
+    """Activation-aware quantization of keys: channels that queries look at are made large before they are quantized.
+
+    Lin et al., "AWQ: Activation-aware Weight Quantization" (2023), section 3, with a key in the place of a weight. The
+    cache holds keys times channel scales, and queries come divided by them, so a kernel has nothing to do. A factor of
+    a channel means nothing where each channel has a scale of its own, so keys go by token. Groups are fitted as by hqq.
+
+    Args:
+        group_size: As in `Quantizer`.
+        symmetric: As in `Quantizer`.
+        keys: "token".
+        channel_scales: (num_layers, Hkv, D) float32, positive; `search` finds them.
+    """
+
+    keys: str = "token"
+    channel_scales: _Floats = field(kw_only=True, repr=False)
+
+    name: ClassVar[str] = "awq"
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        super().__post_init__()
+        if self.keys != "token":
+            raise ValueError(
+                f"keys must be 'token' for awq: a channel's own scale undoes its factor; got {self.keys!r}"
+            )
+        scales = as_numpy(self.channel_scales, "channel_scales")
+        if scales.dtype.kind != "f" or scales.ndim != 3:
+            raise ValueError(
+                f"channel_scales must be floats of shape (num_layers, Hkv, D), got {scales.dtype} {scales.shape}"
+            )
+        if not (np.isfinite(scales) & (scales > 0)).all():
+            raise ValueError("channel_scales must be positive and finite")
+        object.__setattr__(self, "channel_scales", np.ascontiguousarray(scales, np.float32))
+
+    @classmethod
+    def search(
+        cls, q: Any, k: Any, *, dtype: str = "int4", group_size: int | None = None, symmetric: bool = False
+    ) -> AWQQuantizer:
+        """Search the channel scales that change the attention of sample queries least.
+
+        Args:
+            q: (num_layers, T, Hq, D) queries of one text, as they would come to `step`.
+            k: (num_layers, T, Hkv, D) its keys. 1,000 tokens serve well, a few hundred fit themselves alone.
+            dtype: Storage that they are for.
+            group_size: As in `Quantizer`.
+            symmetric: As in `Quantizer`.
+
+        Raises:
+            TypeError: No arrays of floats.
+            ValueError: Wrong shapes, NaN or infinities, or the group does not divide D.
+        """
+        queries, keys = as_numpy(q, "q"), as_numpy(k, "k")
+        _check_samples(queries, keys)
+        fitter = HQQQuantizer(group_size, symmetric, "token")
+        page_format = fitter.page_format(dtype, keys.shape[2], 8, keys.shape[3])
+
+        def dequantize(x: _Floats) -> _Floats:
+            return fitter.dequantized(x, page_format.bits, page_format.key_group)
+
+        scales = [
+            search_channel_scales(queries[layer].astype(np.float32), keys[layer].astype(np.float32), dequantize)
+            for layer in range(len(keys))
+        ]
+        return cls(group_size, symmetric, channel_scales=np.stack(scales))
+
+    def check_model(self, num_layers: int, kv_heads: int, head_dim: int) -> None:
+        """Raise ValueError where the channel scales are of another model."""
+        if self.channel_scales.shape != (num_layers, kv_heads, head_dim):
+            raise ValueError(
+                f"channel_scales must have shape (num_layers, Hkv, D) = {(num_layers, kv_heads, head_dim)}, "
+                f"got {self.channel_scales.shape}"
+            )
+
+    def fold_keys(self, layer: int, keys: NDArray[Any]) -> NDArray[Any]:
+        """Return keys times their channels' scales, float32."""
+        folded: NDArray[Any] = keys * self.channel_scales[layer]
+        return folded
+
+    def fold_queries(self, layer: int, queries: NDArray[Any]) -> NDArray[Any]:
+        """Return queries divided by their KV heads' channel scales, float32."""
+        kv_heads, head_dim = self.channel_scales.shape[1:]
+        grouped = queries.reshape(*queries.shape[:-2], kv_heads, queries.shape[-2] // kv_heads, head_dim)
+        folded: NDArray[Any] = (grouped / self.channel_scales[layer][:, None]).reshape(queries.shape)
+        return folded
+
+
+_BY_NAME = {kind.name: kind for kind in (GroupQuantizer, HQQQuantizer, AWQQuantizer)}
+
+
+def quantizer_of(text: str, channel_scales: Any = None) -> Quantizer:
+    """Return the quantizer that a text names: "hqq", or with options, "group:group_size=32,symmetric,keys=token".
+
+    Args:
+        text: Name and options.
+        channel_scales: As in `AWQQuantizer`, for "awq" alone.
+
+    Raises:
+        ValueError: There is no such quantizer or option, or what it takes is missing.
+    """
+    name, _, listed = text.partition(":")
+    if name not in _BY_NAME:
+        raise ValueError(f"quantizer must be {', '.join(_BY_NAME)}, got {name!r}")
+    options: dict[str, Any] = {}
+    for option in filter(None, listed.split(",")):
+        key, _, value = option.partition("=")
+        if key == "group_size" and value.isdecimal():
+            options[key] = int(value)
+        elif option == "symmetric":
+            options[key] = True
+        elif key == "keys":
+            options[key] = value
+        else:
+            raise ValueError(f"quantizer's options must be group_size=N, symmetric and keys=..., got {option!r}")
+    if name == AWQQuantizer.name:
+        if channel_scales is None:
+            raise ValueError("quantizer 'awq' takes channel_scales; AWQQuantizer.search(q, k) finds them")
+        return AWQQuantizer(**options, channel_scales=channel_scales)
+    if channel_scales is not None:
+        raise ValueError(f"channel_scales go with quantizer 'awq', got {name!r}")
+    return _BY_NAME[name](**options)
+
+
+def _middle(top: int) -> int:
+    """The symmetric code of 0."""
+    return (top + 1) // 2
+
+
+def _rounded(fit: tuple[_Floats, _Floats]) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+    scales, offsets = fit
+    return scales.astype(np.float16), offsets.astype(np.float16)
+
+
+def _encode(
+    x: _Floats, top: int, scales: NDArray[np.float16], offsets: NDArray[np.float16] | None
+) -> tuple[NDArray[np.uint8], _Floats]:
+    """Codes of (batch, size, groups), and the sum of squared errors of each group."""
+    codes, errors = np.empty(x.shape, np.uint8), np.empty(scales.shape, np.float32)
+    wide = scales.astype(np.float32)
+    zeros = wide * np.float32(-_middle(top)) if offsets is None else offsets.astype(np.float32)
+    encode(x, wide, zeros, np.float32(top), codes, errors)
+    return codes, errors
+
+
+def _check_samples(q: NDArray[Any], k: NDArray[Any]) -> None:
+    for name, samples in (("q", q), ("k", k)):
+        if samples.ndim != 4 or not samples.size:
+            raise ValueError(f"{name} must have shape (num_layers, tokens, heads, head_dim), got {samples.shape}")
+        if not np.isfinite(np.float32(samples)).all():
+            raise ValueError(f"{name} must be finite, got NaN or infinities")
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q must have k's layers, tokens and head_dim {k.shape}, got {q.shape}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"q must have a multiple of k's {k.shape[2]} heads, got {q.shape[2]}")

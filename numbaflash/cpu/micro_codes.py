@@ -1,0 +1,253 @@
+"""Register-tiled micro-kernels over quantized keys and values: codes become float32 in the register, never in memory.
+
+A row of codes goes in blocks of BLOCK elements. Of 8 bits each, they lie in order; of 4 bits, byte i of a block holds
+element i below and element i + 16 above, so that a vector of bytes splits into two vectors of elements without a
+shuffle. Codes are unsigned; scales and offsets are the caller's (`codes.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from . import emit
+from .emit import F32, I32, I64, LANES, VECTOR
+from .intrinsics import instruction
+from .jit import native
+from .micro import ROWS_PER_SCORE, counted_loop, horizontal_sums, strided
+from .target import TARGET
+from .vector import FloatVector
+
+__all__ = [
+    "BLOCK",
+    "ROWS_PER_WEIGHT",
+    "load_codes",
+    "load_high_codes",
+    "load_low_codes",
+    "score_codes",
+    "score_scaled_codes",
+    "weigh_codes",
+]
+
+BLOCK = 32
+_BLOCK_VECTORS = BLOCK // LANES
+_VECTOR_BYTES = 4 * LANES
+
+# Rows that share a block of values, once it is unpacked: their sums take half of the registers (32 or 16).
+ROWS_PER_WEIGHT = min(4, (16 if TARGET.rows == 8 else 8) // _BLOCK_VECTORS)
+_WIDE_BLOCKS = 2 if LANES == 16 else 1
+
+
+def _bytes(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    loaded = emit.load_at(builder, address, ir.VectorType(ir.IntType(8), LANES), align=1)
+    return builder.zext(loaded, ir.VectorType(I32, LANES))
+
+
+def _low(builder: ir.IRBuilder, two: ir.Value) -> ir.Value:
+    return builder.sitofp(builder.and_(two, emit.constant(15, two.type)), VECTOR)
+
+
+def _high(builder: ir.IRBuilder, two: ir.Value) -> ir.Value:
+    return builder.sitofp(builder.lshr(two, emit.constant(4, two.type)), VECTOR)
+
+
+def _unpack(builder: ir.IRBuilder, address: ir.Value, bits: int) -> list[ir.Value]:
+    """The block of codes at an address as float32 vectors, in the order of the elements."""
+    count = _BLOCK_VECTORS * bits // 8
+    loaded = [_bytes(builder, emit.offset(builder, address, i * LANES)) for i in range(count)]
+    if bits == 8:
+        return [builder.sitofp(vector, VECTOR) for vector in loaded]
+    return [_low(builder, two) for two in loaded] + [_high(builder, two) for two in loaded]
+
+
+def _score_block(bits: int, rows: int, scaled: bool) -> Any:
+    """scores[row, key] = sum over elements of q[row] * code[key], for `rows` rows and LANES / rows keys.
+
+    With `scaled`, a block's part counts as often as the float32 at `scales[block >> shift, key]` says.
+    Keys past `last` repeat key `last`.
+    """
+    keys = LANES // rows
+
+    def score(
+        builder: ir.IRBuilder,
+        k: ir.Value,
+        k_stride: ir.Value,
+        last: ir.Value,
+        ahead: ir.Value,
+        q: ir.Value,
+        q_row: ir.Value,
+        blocks: ir.Value,
+        scales: ir.Value,
+        scales_row: ir.Value,
+        shift: ir.Value,
+        scores: ir.Value,
+        scores_row: ir.Value,
+    ) -> None:
+        key_at = []
+        for key in range(keys):
+            wanted = ir.Constant(I64, key)
+            index = builder.select(builder.icmp_signed("<", wanted, last), wanted, last)
+            key_at.append(builder.add(k, builder.mul(index, k_stride)))
+        q_rows = strided(builder, q, q_row, rows)
+        start = [emit.constant(0.0, VECTOR)] * LANES
+        with counted_loop(builder, blocks, start) as (block, sums, following, totals):
+            k_offset = builder.mul(block, ir.Constant(I64, BLOCK * bits // 8))
+            q_offset = builder.mul(block, ir.Constant(I64, 4 * BLOCK))
+            queries = [
+                [
+                    emit.load_at(builder, emit.offset(builder, at, i * _VECTOR_BYTES), VECTOR)
+                    for i in range(_BLOCK_VECTORS)
+                ]
+                for at in (builder.add(at, q_offset) for at in q_rows)
+            ]
+            scale_at = builder.add(scales, builder.mul(builder.lshr(block, shift), scales_row))
+            updated: dict[tuple[int, int], ir.Value] = {}
+            for key in range(keys):
+                at = builder.add(key_at[key], k_offset)
+                emit.prefetch(builder, builder.add(at, ahead))
+                codes = _unpack(builder, at, bits)
+                if scaled:
+                    element = emit.load_at(builder, emit.offset(builder, scale_at, 4 * key), F32)
+                    scale = emit.broadcast(builder, element)
+                for row in range(rows):
+                    total = sums[row * keys + key]
+                    if scaled:
+                        part = builder.fmul(queries[row][0], codes[0])
+                        for query, code in zip(queries[row][1:], codes[1:], strict=True):
+                            part = emit.multiply_add(builder, query, code, part)
+                        total = emit.multiply_add(builder, part, scale, total)
+                    else:
+                        for query, code in zip(queries[row], codes, strict=True):
+                            total = emit.multiply_add(builder, query, code, total)
+                    updated[row, key] = total
+            following += [updated[row, key] for row in range(rows) for key in range(keys)]
+        result = horizontal_sums(builder, totals)
+        for row, at in enumerate(strided(builder, scores, scores_row, rows)):
+            part = emit.shuffle(builder, result, result, list(range(row * keys, (row + 1) * keys)))
+            emit.store_at(builder, at, part)
+
+    return instruction(types.void, (types.int64,) * 12, score)
+
+
+def _value_block(bits: int, rows: int, blocks: int) -> Any:
+    """out[row, :] += sum over keys of weights[row, key] * code[key, :], for `blocks` blocks of elements."""
+    vectors = blocks * _BLOCK_VECTORS
+
+    def weigh(
+        builder: ir.IRBuilder,
+        v: ir.Value,
+        v_stride: ir.Value,
+        ahead: ir.Value,
+        weights: ir.Value,
+        weights_row: ir.Value,
+        keys: ir.Value,
+        out: ir.Value,
+        out_row: ir.Value,
+    ) -> None:
+        weight_rows = strided(builder, weights, weights_row, rows)
+        places = [
+            emit.offset(builder, at, j * _VECTOR_BYTES)
+            for at in strided(builder, out, out_row, rows)
+            for j in range(vectors)
+        ]
+        start = [emit.load_at(builder, at, VECTOR) for at in places]
+        with counted_loop(builder, keys, start) as (key, sums, following, totals):
+            v_at = builder.add(v, builder.mul(key, v_stride))
+            emit.prefetch(builder, builder.add(v_at, ahead))
+            codes = [
+                vector
+                for block in range(blocks)
+                for vector in _unpack(builder, emit.offset(builder, v_at, block * BLOCK * bits // 8), bits)
+            ]
+            weight_offset = builder.mul(key, ir.Constant(I64, 4))
+            for row, at in enumerate(weight_rows):
+                weight = emit.broadcast(builder, emit.load_at(builder, builder.add(at, weight_offset), F32))
+                following += [
+                    emit.multiply_add(builder, weight, codes[j], sums[row * vectors + j]) for j in range(vectors)
+                ]
+        for at, total in zip(places, totals, strict=True):
+            emit.store_at(builder, at, total)
+
+    return instruction(types.void, (types.int64,) * 8, weigh)
+
+
+def _load(unpack: Any) -> Any:
+    return instruction(FloatVector, (types.int64,), lambda builder, at: unpack(builder, _bytes(builder, at)))
+
+
+load_codes = _load(lambda builder, codes: builder.sitofp(codes, VECTOR))  # LANES codes of 8 bits as float32
+load_low_codes, load_high_codes = _load(_low), _load(_high)  # the lower and upper halves of LANES bytes
+
+score_8_1, score_8_4 = (_score_block(8, rows, scaled=False) for rows in (1, ROWS_PER_SCORE))
+score_4_1, score_4_4 = (_score_block(4, rows, scaled=False) for rows in (1, ROWS_PER_SCORE))
+scaled_8_1, scaled_8_4 = (_score_block(8, rows, scaled=True) for rows in (1, ROWS_PER_SCORE))
+scaled_4_1, scaled_4_4 = (_score_block(4, rows, scaled=True) for rows in (1, ROWS_PER_SCORE))
+weigh_8_1, weigh_8_rows = (_value_block(8, rows, 1) for rows in (1, ROWS_PER_WEIGHT))
+weigh_4_1, weigh_4_rows = (_value_block(4, rows, 1) for rows in (1, ROWS_PER_WEIGHT))
+wide_8_1, wide_8_rows = (_value_block(8, rows, _WIDE_BLOCKS) for rows in (1, ROWS_PER_WEIGHT))
+wide_4_1, wide_4_rows = (_value_block(4, rows, _WIDE_BLOCKS) for rows in (1, ROWS_PER_WEIGHT))
+
+
+@native
+def score_codes(bits, rows, k, k_stride, last, ahead, q, q_row, blocks, scores, scores_row):
+    """Scores of LANES / rows keys without scales, for 1 or ROWS_PER_SCORE rows; see `_score_block`."""
+    if bits == 8:
+        if rows == 1:
+            score_8_1(k, k_stride, last, ahead, q, q_row, blocks, 0, 0, 0, scores, scores_row)
+        else:
+            score_8_4(k, k_stride, last, ahead, q, q_row, blocks, 0, 0, 0, scores, scores_row)
+    elif rows == 1:
+        score_4_1(k, k_stride, last, ahead, q, q_row, blocks, 0, 0, 0, scores, scores_row)
+    else:
+        score_4_4(k, k_stride, last, ahead, q, q_row, blocks, 0, 0, 0, scores, scores_row)
+
+
+@native
+def score_scaled_codes(
+    bits, rows, k, k_stride, last, ahead, q, q_row, blocks, scales, scales_row, shift, scores, scores_row
+):
+    """Scores of LANES / rows keys, each block times its scale, for 1 or ROWS_PER_SCORE rows; see `_score_block`."""
+    if bits == 8:
+        if rows == 1:
+            scaled_8_1(k, k_stride, last, ahead, q, q_row, blocks, scales, scales_row, shift, scores, scores_row)
+        else:
+            scaled_8_4(k, k_stride, last, ahead, q, q_row, blocks, scales, scales_row, shift, scores, scores_row)
+    elif rows == 1:
+        scaled_4_1(k, k_stride, last, ahead, q, q_row, blocks, scales, scales_row, shift, scores, scores_row)
+    else:
+        scaled_4_4(k, k_stride, last, ahead, q, q_row, blocks, scales, scales_row, shift, scores, scores_row)
+
+
+@native
+def weigh_codes(bits, rows, v, v_stride, ahead, weights, weights_row, count, out, out_row, blocks):
+    """out[row] += sum of weights[row, key] * code[key] over `count` keys and `blocks` blocks.
+
+    Rows are 1 or ROWS_PER_WEIGHT.
+    """
+    block = 0
+    while block < blocks:
+        v_at, to = v + block * BLOCK * bits // 8, out + block * 4 * BLOCK
+        if block + _WIDE_BLOCKS <= blocks:
+            block += _WIDE_BLOCKS
+            if bits == 8:
+                if rows == 1:
+                    wide_8_1(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
+                else:
+                    wide_8_rows(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
+            elif rows == 1:
+                wide_4_1(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
+            else:
+                wide_4_rows(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
+        else:
+            block += 1
+            if bits == 8:
+                if rows == 1:
+                    weigh_8_1(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
+                else:
+                    weigh_8_rows(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
+            elif rows == 1:
+                weigh_4_1(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
+            else:
+                weigh_4_rows(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
