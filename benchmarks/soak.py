@@ -199,7 +199,7 @@ def sample(metrics: str) -> dict[str, float]:
     return {s.name + "".join(f" {v}" for v in s.labels.values()): s.value for f in families for s in f.samples}
 
 
-def judge(samples: list[dict[str, float]], seen: list[Seen]) -> tuple[dict[str, Any], dict[str, bool]]:
+def judge(samples: list[dict[str, float]], seen: list[Seen], seconds: float) -> tuple[dict[str, Any], dict[str, bool]]:
     """Return the figures, and what held."""
     steps = np.concatenate([one.steps for one in seen])
     p50, p99 = (float(np.percentile(steps, share)) for share in (50, 99))
@@ -211,10 +211,11 @@ def judge(samples: list[dict[str, float]], seen: list[Seen]) -> tuple[dict[str, 
     prefix = "numbaflash_errors_total "
     answered = {name.removeprefix(prefix): int(n) for name, n in last.items() if name.startswith(prefix)}
     figures = {
-        "seconds": len(samples),
+        "seconds": round(seconds),
+        "samples": len(samples),
         "turns": sum(one.turns for one in seen),
         "decode_steps": len(steps),
-        "decode_steps_per_second": len(steps) / len(samples),
+        "decode_steps_per_second": len(steps) / seconds,
         "p50_ms": p50 * 1e3,
         "p99_ms": p99 * 1e3,
         "p99_over_p50": p99 / p50,
@@ -262,14 +263,14 @@ def soak(minutes: float, sessions: int, clients: int, fit: float) -> tuple[dict[
         ]
         with suppress(threading.BrokenBarrierError):  # the jobs say why
             ready.wait()
-        samples = []
+        samples, started = [], time.monotonic()
         while not all(job.done() for job in jobs):
             samples.append(sample(metrics))
             time.sleep(1.0)
         broken = [error for job in jobs if (error := job.exception())]
         if broken:  # the first cause, not those that waited for it
             raise min(broken, key=lambda error: isinstance(error, threading.BrokenBarrierError))
-        return judge(samples, [job.result() for job in jobs])
+        return judge(samples, [job.result() for job in jobs], time.monotonic() - started)
 
 
 def share(total: int, parts: int, index: int) -> int:

@@ -104,14 +104,23 @@ def serve(
 
 @app.command()
 def sessions(
-    target: Annotated[str, typer.Option(help="Address of the server.")] = "127.0.0.1:50051", json: Json = False
+    target: Annotated[str, typer.Option(help="Address of the server.")] = "127.0.0.1:50051",
+    ca: Annotated[Path | None, typer.Option(help="PEM file of the roots of the server's certificate: TLS.")] = None,
+    cert: Annotated[Path | None, typer.Option(help="PEM file of a certificate of one's own, under mutual TLS.")] = None,
+    key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File that holds one's bearer token.")] = None,
+    json: Json = False,
 ) -> None:
-    """List the sessions that a server holds."""
-    errors = _load("errors", extra="service")
+    """List the sessions that a server holds; where it asks who calls, those of the caller."""
+    errors, listing = _load("errors", extra="service"), _load("listing", extra="service")
     try:
-        _load("listing", extra="service").run(target, json=json)
+        listing.run(target, ca=ca, cert=cert, key=key, token_file=token_file, json=json)
     except errors.ServiceError as error:
         _fail(f"{target}: {error}")
+    except ValueError as error:
+        _bad_usage(error)
+    except OSError as error:
+        _fail(str(error))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -23,7 +24,7 @@ Settle = Callable[[Outcome], None]
 # They are too many for a line each, unless somebody looks for something.
 _STEPS: Final = frozenset({"Prefill", "Decode", "Attend"})
 
-log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Observer:
@@ -64,7 +65,7 @@ class Observer:
             finally:
                 if told:
                     outcome = {"code": failed.code.name, "reason": failed.reason} if failed else {"code": "OK"}
-                    log.info("call", **outcome, ms=round((time.perf_counter() - started) * 1e3, 3))
+                    log.info("call", extra={**outcome, "ms": round((time.perf_counter() - started) * 1e3, 3)})
 
         return watched
 

@@ -56,7 +56,8 @@ def test_sessions_lists_what_a_server_holds(server: Any, client: Client, qkv: An
     session.step(0, **qkv(9))
     table = run("sessions", "--target", server.target)
     assert table.exit_code == 0
-    assert session.id in table.output
+    assert f"{session.id[:8]}…" in table.output
+    assert max(map(len, table.output.splitlines())) <= 80
     listed = json.loads(run("sessions", "--target", server.target, "--json").output)
     assert [entry["session_id"] for entry in listed["sessions"]] == [session.id]
     assert (listed["sessions"][0]["min_length"], listed["sessions"][0]["max_length"]) == (0, 9)

@@ -12,7 +12,6 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-import structlog
 
 from numbaflash_service import Client, RetryPolicy, logs
 from numbaflash_service.errors import KVBudgetError
@@ -36,7 +35,6 @@ def written(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[str], Call
 
     yield configure
     root.handlers, root.level = before[0], before[1]
-    structlog.reset_defaults()
 
 
 def test_a_call_is_a_line_with_its_request_id_caller_code_and_time(written: Any, start_server: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import queue
 import ssl
@@ -14,9 +15,11 @@ import grpc
 import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from typer.testing import CliRunner
 
 from numbaflash_service import TLS, Client, RetryPolicy
 from numbaflash_service.auth import TokenFile
+from numbaflash_service.cli import app
 from numbaflash_service.errors import ServiceError, UnauthenticatedError, from_call
 from numbaflash_service.tls import ServerCertificate
 from numbaflash_service.v1 import attention_pb2 as pb
@@ -208,6 +211,23 @@ def test_a_token_goes_to_no_other_machine_in_the_clear() -> None:
 
 
 # -- TLS -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_lists_what_a_token_may_see(
+    start_server: Any, pem: Callable[..., Pem], tokens: Path, tmp_path: Path
+) -> None:
+    files = pem("server", "127.0.0.1")
+    server = start_server(**files.of_server, auth_tokens=tokens)
+    command = ["sessions", "--target", server.target, "--ca", str(files.ca), "--json"]
+    with Client(server.target, tls=TLS(ca=files.ca), token="of-alice") as client:
+        session = client.create_session(1, 2, 16, capacity=64)
+        for name, seen in (("alice", [session.id]), ("bob", [])):
+            token = tmp_path / name
+            token.write_text(f"of-{name}\n")
+            listed = json.loads(CliRunner().invoke(app, [*command, "--token-file", str(token)]).output)
+            assert [entry["session_id"] for entry in listed["sessions"]] == seen
+    assert CliRunner().invoke(app, [*command, "--cert", str(files.cert)]).exit_code == 2
+    assert CliRunner().invoke(app, [*command, "--token-file", str(tmp_path / "none")]).exit_code == 1
 
 
 def test_tls_and_a_token(start_server: Any, pem: Callable[..., Pem], tokens: Path, qkv: Any) -> None:
