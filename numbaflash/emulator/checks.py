@@ -80,16 +80,20 @@ class Shared(NamedTuple):
 
 
 @njit(cache=True)
-def _conflicts(clocks: Clocks, block: int, stamp: int, thread: int, converged: bool) -> bool:
-    """Whether an earlier access is not ordered before one that `thread` makes now."""
-    if stamp == 0:
-        return False
+def _settled(stamp: int, floor: int, thread: int, converged: bool) -> bool:
+    """Whether an earlier access is ordered before one of `thread`, as far as is seen without its clock: nearly all."""
+    if stamp >> _INTERVAL <= floor or stamp & (_THREAD | _SEVERAL) == thread:
+        return True
+    return converged and stamp & _CONVERGED != 0 and (stamp & _THREAD) >> 5 == thread >> 5
+
+
+@njit(cache=True)
+def _conflicts(clocks: Clocks, block: int, stamp: int, thread: int) -> bool:
+    """Whether an earlier access that is not settled is not ordered before one that `thread` makes now."""
     other, interval = stamp & _THREAD, stamp >> _INTERVAL
-    if other >> 5 == thread >> 5 and converged and stamp & _CONVERGED:
-        return False
     if other != thread:
         return not ordered(clocks, block, interval, other, thread)
-    return stamp & _SEVERAL != 0 and not ordered_after_some(clocks, block, interval, thread)
+    return not ordered_after_some(clocks, block, interval, thread)
 
 
 @njit(cache=True)
@@ -100,6 +104,7 @@ def shared_read(
 
     A strong one (volatile, relaxed, acquire) does not race with atomics and strong stores, and leaves no stamp.
     """
+    own, floors, mixed = s.clocks.own, s.clocks.block_floor, s.clocks.mixed[0] != 0
     for i in range(lanes.size):
         at = address[i]
         if at < s.lowest or at + size > s.limit:
@@ -108,7 +113,8 @@ def shared_read(
             return ALIGNMENT, i, -1
         block = lanes[i] // s.lanes_per_block
         thread = lanes[i] - block * s.lanes_per_block
-        stamp = s.clocks.own[block, thread] << _INTERVAL | thread | (_CONVERGED if converged[i] else 0)
+        interval, floor = own[block, thread], floors[block]
+        stamp = interval << _INTERVAL | thread | (_CONVERGED if converged[i] else 0)
         first = block * s.stride + at >> s.shift
         for granule in range(first, first + max(size >> s.shift, 1)):
             state = s.state[granule]
@@ -118,14 +124,19 @@ def shared_read(
                 return UNINITIALIZED, i, -1
             if s.races:
                 written = s.writer[granule]
-                if not (strong and written & _ATOMIC) and _conflicts(s.clocks, block, written, thread, converged[i]):
+                unsettled = not (strong and written & _ATOMIC) and not _settled(written, floor, thread, converged[i])
+                if unsettled and _conflicts(s.clocks, block, written, thread):
                     return READ_AFTER_WRITE, i, written & _THREAD
                 last = s.reader[granule]
                 if last != stamp and not strong:
                     if last != 0 and (last & _THREAD) >> 5 != thread >> 5:
                         s.other_reader[granule] = last
                         s.reader[granule] = stamp
-                    elif last >> _INTERVAL == stamp >> _INTERVAL and _conflicts(s.clocks, block, last, thread, False):
+                    elif (
+                        last >> _INTERVAL == interval
+                        and last & (_THREAD | _SEVERAL) != thread
+                        and (not mixed or _conflicts(s.clocks, block, last, thread))
+                    ):
                         both = last & stamp & _CONVERGED
                         s.reader[granule] = stamp & ~_CONVERGED | both | _SEVERAL
                     else:
@@ -156,6 +167,7 @@ def shared_write(
         state: READY, or PENDING for a copy in flight.
         strong: Whether it is atomic, volatile, relaxed or release: it does not race with others of its kind.
     """
+    own, floors = s.clocks.own, s.clocks.block_floor
     for i in range(lanes.size):
         at = address[i]
         if at < s.lowest or at + size > s.limit:
@@ -164,7 +176,8 @@ def shared_write(
             return ALIGNMENT, i, -1
         block = lanes[i] // s.lanes_per_block
         thread = lanes[i] - block * s.lanes_per_block
-        stamp = s.clocks.own[block, thread] << _INTERVAL | thread | (_CONVERGED if converged[i] else 0)
+        interval, floor = own[block, thread], floors[block]
+        stamp = interval << _INTERVAL | thread | (_CONVERGED if converged[i] else 0)
         if strong:
             stamp |= _ATOMIC
         start = block * s.stride + at
@@ -181,10 +194,12 @@ def shared_write(
             if s.races:
                 last = s.writer[granule]
                 if not (strong and last & _ATOMIC):
-                    if not same and _conflicts(s.clocks, block, last, thread, converged[i]):
+                    unsettled = not same and not _settled(last, floor, thread, converged[i])
+                    if unsettled and _conflicts(s.clocks, block, last, thread):
                         return WRITE_AFTER_WRITE, i, last & _THREAD
                     for reader in (s.reader[granule], s.other_reader[granule]):
-                        if not same and _conflicts(s.clocks, block, reader, thread, converged[i]):
+                        unsettled = not same and not _settled(reader, floor, thread, converged[i])
+                        if unsettled and _conflicts(s.clocks, block, reader, thread):
                             return WRITE_AFTER_READ, i, reader & _THREAD
                 s.writer[granule] = stamp
             s.state[granule] = state
@@ -197,10 +212,11 @@ def shared_write(
 @njit(cache=True)
 def complete_copy(s: Shared, lanes: Array, address: Array, converged: Array, size: int) -> None:
     """Makes the bytes of a finished asynchronous copy readable: written by the thread that waited for it."""
+    own = s.clocks.own
     for i in range(lanes.size):
         block = lanes[i] // s.lanes_per_block
         thread = lanes[i] - block * s.lanes_per_block
-        stamp = s.clocks.own[block, thread] << _INTERVAL | thread | (_CONVERGED if converged[i] else 0)
+        stamp = own[block, thread] << _INTERVAL | thread | (_CONVERGED if converged[i] else 0)
         first = block * s.stride + address[i] >> s.shift
         for granule in range(first, first + max(size >> s.shift, 1)):
             s.state[granule] = READY
