@@ -62,7 +62,7 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import Arguments, flatten
+from .arguments import Arguments, flatten, leaves
 from .counts import GlobalAccess, Report, SharedAccess
 from .errors import EmulatorError, Place
 from .launch import MAX_STEPS, Kernel, load, ptx_of
@@ -100,7 +100,7 @@ def launch(
         kernel: A ``@cuda.jit`` function, the result of ``cuda.compile_ptx``, or PTX text.
         grid: Blocks, one to three numbers.
         block: Threads of a block, one to three numbers.
-        *args: NumPy arrays, changed in place, and scalars.
+        *args: NumPy arrays, changed in place, scalars, and tuples of them.
         shared: Bytes of dynamic shared memory.
         entry: Name of the kernel, where the text has several.
         cc: Compute capability that a ``@cuda.jit`` function is compiled for.
@@ -114,7 +114,7 @@ def launch(
         EmulatorError: The kernel cannot be run, or did what it must not; arrays then hold what they held before.
     """
     loaded = load(ptx_of(kernel, args, cc), entry)
-    arrays = [x for x in args if isinstance(x, np.ndarray)]
+    arrays = [x for x in leaves(args) if isinstance(x, np.ndarray)]
     memory = GlobalMemory()
     placed = Arguments(memory)
     placed.place(arrays)

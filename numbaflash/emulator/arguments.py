@@ -143,12 +143,26 @@ _CODES = {
 _MANGLED_ARRAY = re.compile(r"5ArrayI(\w\w?)Li(\d)E1([CFA])7")
 
 
+def leaves(args: Sequence[Any]) -> list[Any]:
+    """The arrays and scalars of arguments: tuples hold several, a complex number is two floats."""
+    found: list[Any] = []
+    for value in args:
+        if isinstance(value, tuple):
+            found += leaves(value)
+        elif isinstance(value, complex | np.complexfloating):
+            found += [value.real, value.imag]
+        else:
+            found.append(value)
+    return found
+
+
 def flatten(program: Program, args: Sequence[Any], placed: Arguments) -> list[Any]:
     """Arguments -> one scalar per parameter.
 
-    In the Numba ABI an array is (meminfo, parent, item count, item size, data, shape, strides); a kernel that has as
-    many parameters as there are arguments gets the addresses of arrays instead.
+    In the Numba ABI an array is (meminfo, parent, item count, item size, data, shape, strides), and tuples are their
+    members; a kernel that has as many parameters as there are arguments gets the addresses of arrays instead.
     """
+    args = leaves(args)
     if len(args) == len(program.params):
         return [placed.address(x) if isinstance(x, np.ndarray) else x for x in args]
     declared = _MANGLED_ARRAY.findall(program.name)

@@ -21,10 +21,10 @@ _LOAD = {"u1": "u8", "i1": "s8", "b1": "u8"}
 
 def source_line(kernel: Any, text: str, occurrence: int = 0) -> str:
     """``file:line`` of the n-th line of a kernel's Python source that contains a text."""
-    lines, first = inspect.getsourcelines(kernel.py_func)
-    return (
-        f"{inspect.getsourcefile(kernel.py_func)}:{[first + i for i, x in enumerate(lines) if text in x][occurrence]}"
-    )
+    function = getattr(kernel, "py_func", kernel)
+    lines, first = inspect.getsourcelines(function)
+    found = [first + i for i, line in enumerate(lines) if text in line][occurrence]
+    return f"{inspect.getsourcefile(function)}:{found}"
 
 
 def kind(array: Array) -> str:

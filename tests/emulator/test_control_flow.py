@@ -235,3 +235,22 @@ def test_hopper_code_runs_too() -> None:
     assert ".target sm_90" in ptx_of(calls_helper, (x, out), (9, 0))
     emulator.launch(calls_helper, 2, 64, x, out, cc=(9, 0))
     assert out[0] == 10
+
+
+@cuda.jit
+def takes_tuples(factors, arrays, z, w, out):  # type: ignore[no-untyped-def]
+    i = cuda.grid(1)
+    out[i] = (factors[0] + factors[1] * arrays[0][i] + arrays[1][i]) * z + w
+    arrays[1][i] = -1
+
+
+def test_tuples_and_complex_numbers_are_passed_as_numba_does() -> None:
+    ones, ramp, out = np.ones(32), np.arange(32, dtype="f4"), np.zeros(32, "c16")
+    emulator.launch(takes_tuples, 1, 32, (1.0, 2), (ones, ramp), 1 + 2j, np.complex64(3 - 1j), out)
+    np.testing.assert_array_equal(out, (3 + np.arange(32)) * (1 + 2j) + (3 - 1j))
+    assert (ramp == -1).all()
+
+
+@pytest.mark.parametrize("time", ["100", "%t"])
+def test_sleeping_takes_no_time_and_changes_nothing(time: str) -> None:
+    assert run(f"mov.u32 %d, 3; nanosleep.u32 {time}; add.u32 %d, %d, %t;").tolist() == [3 + i for i in range(64)]

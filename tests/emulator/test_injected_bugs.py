@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from emulator import tensor_product
+from emulator.harness import source_line
 from numba import cuda, float32, int32
 
 from numbaflash import emulator
@@ -27,6 +28,12 @@ def edited(ptx: str, pattern: str, replacement: str, occurrence: int = 0) -> str
     return ptx[: found.start()] + replacement + ptx[found.end() :]
 
 
+def stands(error: EmulatorError, ptx: str, pattern: str, source: str, occurrence: int = 0) -> None:
+    """The error names the n-th PTX line with a match, and a line of the Python source."""
+    assert error.place.line == line_of(ptx, pattern, occurrence)
+    assert error.place.source == source
+
+
 def caught(run: Callable[[], Any]) -> EmulatorError:
     with pytest.raises(EmulatorError) as found:
         run()
@@ -36,6 +43,9 @@ def caught(run: Callable[[], Any]) -> EmulatorError:
 # ---- the tensor-core product
 
 SIZES = (128, 64, 128)
+COPY = r"cp\.async\.cg"
+INLINED = source_line(tensor_product.product, "def product")
+"""Numba's line info puts device functions that it inlines at the first line of the kernel."""
 
 
 def multiply(ptx: str, arrays: tuple[Any, Any, Any] | None = None) -> Any:
@@ -53,9 +63,7 @@ def test_missing_barrier_before_the_tiles_are_read() -> None:
     ptx = edited(tensor_product.ptx(), r"bar\.sync\s+0;", "", 0)
     error = caught(lambda: multiply(ptx))
     assert error.kind == "shared-race"
-    assert error.place.line == line_of(ptx, r"ldmatrix")
-    assert error.place.source is not None
-    assert "tensor_product.py:" in error.place.source
+    stands(error, ptx, r"ldmatrix", source_line(tensor_product.product, "ldmatrix(stage + (warp"))
     assert error.place.thread is not None
     assert error.place.block == (0, 0, 0)
 
@@ -64,23 +72,21 @@ def test_missing_barrier_before_the_tiles_are_overwritten() -> None:
     ptx = edited(tensor_product.ptx(), r"bar\.sync\s+0;", "", 1)
     error = caught(lambda: multiply(ptx))
     assert error.kind == "shared-race"
-    assert error.place.line in [
-        i for i, text in enumerate(ptx.splitlines(), 1) if re.search(r"cp\.async\.cg|ldmatrix", text)
-    ]
+    stands(error, ptx, COPY, INLINED, 4)
 
 
 def test_missing_wait_for_the_copies() -> None:
     ptx = edited(tensor_product.ptx(), r"cp\.async\.wait_group 1;", "")
     error = caught(lambda: multiply(ptx))
     assert error.kind == "in-flight"
-    assert error.place.line == line_of(ptx, r"ldmatrix")
+    stands(error, ptx, r"ldmatrix", source_line(tensor_product.product, "ldmatrix(stage + (warp"))
 
 
 def test_waiting_for_one_group_too_few() -> None:
     ptx = tensor_product.ptx().replace("cp.async.wait_group 1;", "cp.async.wait_group 2;")
     error = caught(lambda: multiply(ptx))
     assert error.kind == "in-flight"
-    assert error.place.line == line_of(ptx, r"ldmatrix")
+    stands(error, ptx, r"ldmatrix", source_line(tensor_product.product, "ldmatrix(stage + (warp"))
 
 
 def test_shortened_array() -> None:
@@ -89,10 +95,9 @@ def test_shortened_array() -> None:
     run = lambda: emulator.launch(tensor_product.ptx(), (1, 2), 128, short, b, c, shared=tensor_product.SHARED)  # noqa: E731
     error = caught(run)
     assert error.kind == "bounds"
-    assert error.place.line in [
-        i for i, text in enumerate(tensor_product.ptx().splitlines(), 1) if "cp.async.cg" in text
-    ]
+    stands(error, tensor_product.ptx(), COPY, INLINED, 2)
     assert error.place.block == (0, 1, 0)
+    assert error.place.thread == (124, 0, 0)
     assert not c.any()
 
 
@@ -103,7 +108,8 @@ def test_misaligned_copy() -> None:
     shifted[:] = a
     error = caught(lambda: multiply(tensor_product.ptx(), (shifted, b, c)))
     assert error.kind == "alignment"
-    assert error.place.line == line_of(tensor_product.ptx(), r"cp\.async\.cg")
+    stands(error, tensor_product.ptx(), COPY, INLINED)
+    assert error.place.thread == (0, 0, 0)
 
 
 def test_too_little_shared_memory() -> None:
@@ -111,7 +117,9 @@ def test_too_little_shared_memory() -> None:
     size = tensor_product.SHARED - 32
     error = caught(lambda: emulator.launch(tensor_product.ptx(), (1, 2), 128, a, b, c, shared=size))
     assert error.kind == "bounds"
-    assert "shared memory" in error.reason
+    assert "the block has 20448 bytes of shared memory" in error.reason
+    stands(error, tensor_product.ptx(), COPY, INLINED, 7)
+    assert error.place.thread == (127, 0, 0)
 
 
 # ---- kernels of Numba
@@ -133,7 +141,8 @@ def test_two_warps_race_on_shared_memory() -> None:
     assert (out == x[::-1]).all()
     error = caught(lambda: emulator.launch(reverse, 1, 128, x, out, False))
     assert error.kind == "shared-race"
-    assert error.place.source == f"{__file__}:{reverse.py_func.__code__.co_firstlineno + 7}"
+    ptx = ptx_of(reverse, (x, out, False), (8, 0))
+    stands(error, ptx, r"ld\.shared", source_line(reverse, "out[cuda.grid(1)] = "))
     assert error.place.thread == (0, 0, 0)
     assert "thread 127" in error.reason
 
@@ -149,7 +158,9 @@ def divergent(out):  # type: ignore[no-untyped-def]
 def test_barrier_that_half_a_warp_skips() -> None:
     error = caught(lambda: emulator.launch(divergent, 1, 128, np.zeros(128, "i4")))
     assert error.kind == "barrier"
-    assert error.place.source == f"{__file__}:{divergent.py_func.__code__.co_firstlineno + 4}"
+    ptx = ptx_of(divergent, (np.zeros(128, "i4"),), (8, 0))
+    stands(error, ptx, r"bar\.sync", source_line(divergent, "syncthreads"))
+    assert error.place.thread == (32, 0, 0)
 
 
 @cuda.jit(lineinfo=True)
@@ -164,8 +175,11 @@ def early_exit(out, n):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("n", [40, 64])
 def test_barrier_after_some_threads_have_left(n: int) -> None:
-    error = caught(lambda: emulator.launch(early_exit, 1, 128, np.zeros(128, "i4"), np.int32(n)))
+    args = (np.zeros(128, "i4"), np.int32(n))
+    error = caught(lambda: emulator.launch(early_exit, 1, 128, *args))
     assert error.kind == "barrier"
+    stands(error, ptx_of(early_exit, args, (8, 0)), r"bar\.sync", source_line(early_exit, "syncthreads"))
+    assert f"{n} of 128 threads came" in error.reason
 
 
 @cuda.jit(lineinfo=True)
@@ -182,8 +196,13 @@ def two_barriers(out):  # type: ignore[no-untyped-def]
 
 
 def test_warps_that_wait_at_different_barriers() -> None:
-    error = caught(lambda: emulator.launch(two_barriers, 1, 64, np.zeros(64, "i4")))
+    out = np.zeros(64, "i4")
+    error = caught(lambda: emulator.launch(two_barriers, 1, 64, out))
     assert error.kind == "barrier"
+    ptx = ptx_of(two_barriers, (out,), (8, 0))
+    stands(error, ptx, r"bar\.sync", source_line(two_barriers, "syncthreads", 1), 1)
+    assert f"the barrier of PTX line {line_of(ptx, 'bar.sync')}" in error.reason
+    assert error.place.thread == (32, 0, 0)
 
 
 @cuda.jit(lineinfo=True)
@@ -202,7 +221,8 @@ def test_reading_shared_memory_that_was_not_written() -> None:
     error = caught(lambda: emulator.launch(uninitialized, 1, 64, out, 50))
     assert error.kind == "uninitialized"
     assert error.place.thread == (50, 0, 0)
-    assert error.place.source == f"{__file__}:{uninitialized.py_func.__code__.co_firstlineno + 7}"
+    ptx = ptx_of(uninitialized, (out, 50), (8, 0))
+    stands(error, ptx, r"ld\.shared", source_line(uninitialized, "out[t] = buffer[t]"))
     emulator.launch(uninitialized, 1, 64, out, 50, checks=emulator.Checks(uninitialized=False))
 
 
@@ -226,12 +246,17 @@ def test_reading_local_memory_that_was_not_written() -> None:
     assert error.kind == "uninitialized"
     assert error.place.thread == (20, 0, 0)
     assert "local" in error.reason
+    stands(error, ptx, r"ld\.local", source_line(local_places, "out[t] += "))
 
 
 def test_indexing_past_a_local_array() -> None:
     indices = np.full(33, 5, "i4")
-    error = caught(lambda: emulator.launch(local_places, 1, 32, np.zeros(32, "i4"), indices))
+    out = np.zeros(32, "i4")
+    error = caught(lambda: emulator.launch(local_places, 1, 32, out, indices))
     assert error.kind == "bounds"
+    ptx = ptx_of(local_places, (out, indices), (8, 0))
+    stands(error, ptx, r"st\.local\.u32", source_line(local_places, "scratch[indices[t] + i] = i"), 3)
+    assert error.place.thread == (0, 0, 0)
 
 
 @cuda.jit(lineinfo=True)
@@ -248,10 +273,11 @@ def test_two_blocks_write_one_place() -> None:
     assert error.kind == "global-race"
     assert error.place.block == (6, 0, 0)
     assert "block (2, 0, 0)" in error.reason
-    assert error.place.source == f"{__file__}:{write_place.py_func.__code__.co_firstlineno + 3}"
+    ptx = ptx_of(write_place, (out, places), (8, 0))
+    stands(error, ptx, r"st\.global", source_line(write_place, "out[places"))
 
 
-@cuda.jit
+@cuda.jit(lineinfo=True)
 def read_neighbour(out):  # type: ignore[no-untyped-def]
     i = cuda.grid(1)
     if i > 0:
@@ -259,8 +285,15 @@ def read_neighbour(out):  # type: ignore[no-untyped-def]
 
 
 def test_block_reads_what_another_writes() -> None:
-    error = caught(lambda: emulator.launch(read_neighbour, 4, 32, np.zeros(128, "i4")))
+    """Blocks go in order here: block 0 overwrites what block 1, in step with it, has read."""
+    out = np.zeros(128, "i4")
+    error = caught(lambda: emulator.launch(read_neighbour, 4, 32, out))
     assert error.kind == "global-race"
+    ptx = ptx_of(read_neighbour, (out,), (8, 0))
+    stands(error, ptx, r"st\.global", source_line(read_neighbour, "out[i] = "))
+    assert error.place.block == (0, 0, 0)
+    assert error.place.thread == (31, 0, 0)
+    assert "what block (1, 0, 0) reads" in error.reason
 
 
 def test_races_between_blocks_are_seen_across_chunks() -> None:
@@ -285,7 +318,8 @@ def test_shuffle_that_not_all_members_reach() -> None:
     emulator.launch(partial_shuffle, 1, 32, np.zeros(32, "i4"), 32)
     error = caught(lambda: emulator.launch(partial_shuffle, 1, 32, np.zeros(32, "i4"), 16))
     assert error.kind == "collective"
-    assert error.place.source == f"{__file__}:{partial_shuffle.py_func.__code__.co_firstlineno + 5}"
+    ptx = ptx_of(partial_shuffle, (np.zeros(32, "i4"), 16), (8, 0))
+    stands(error, ptx, r"shfl\.sync", source_line(partial_shuffle, "shfl_xor_sync"))
 
 
 @cuda.jit(lineinfo=True)
@@ -299,9 +333,11 @@ def test_shuffle_from_an_inactive_lane() -> None:
     error = caught(lambda: emulator.launch(inactive_source, 1, 32, np.zeros(32, "i4")))
     assert error.kind == "shuffle"
     assert "not active" in error.reason
+    ptx = ptx_of(inactive_source, (np.zeros(32, "i4"),), (8, 0))
+    stands(error, ptx, r"shfl\.sync", source_line(inactive_source, "shfl_sync"))
 
 
-@cuda.jit
+@cuda.jit(lineinfo=True)
 def not_a_member(out):  # type: ignore[no-untyped-def]
     out[cuda.threadIdx.x] = cuda.ballot_sync(0xFFFF, True)
 
@@ -310,6 +346,8 @@ def test_vote_by_a_lane_outside_of_the_mask() -> None:
     error = caught(lambda: emulator.launch(not_a_member, 1, 32, np.zeros(32, "i4")))
     assert error.kind == "collective"
     assert error.place.thread == (16, 0, 0)
+    ptx = ptx_of(not_a_member, (np.zeros(32, "i4"),), (8, 0))
+    stands(error, ptx, r"vote\.sync", source_line(not_a_member, "ballot_sync"))
 
 
 def test_matrix_instruction_in_half_a_warp() -> None:
@@ -317,10 +355,12 @@ def test_matrix_instruction_in_half_a_warp() -> None:
     error = caught(
         lambda: emulator.launch(ptx, (1, 2), 112, *tensor_product.operands(*SIZES), shared=tensor_product.SHARED)
     )
-    assert error.kind in ("collective", "uninitialized")
+    assert error.kind == "collective"  # before anything is read: who is missing matters more than what it left out
+    stands(error, ptx, r"ldmatrix", source_line(tensor_product.product, "ldmatrix(stage + (warp"))
+    assert error.place.thread == (96, 0, 0)
 
 
-@cuda.jit
+@cuda.jit(lineinfo=True)
 def endless(out):  # type: ignore[no-untyped-def]
     while out[0] == 0:
         out[1] += 1
@@ -329,6 +369,7 @@ def endless(out):  # type: ignore[no-untyped-def]
 def test_kernel_that_never_ends() -> None:
     error = caught(lambda: emulator.launch(endless, 1, 1, np.zeros(2, "i4"), max_steps=1000))
     assert error.kind == "hang"
+    assert error.place.source in [source_line(endless, text) for text in ("while", "+= 1")]
 
 
 # ---- right kernels that look dangerous
