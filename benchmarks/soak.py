@@ -83,7 +83,7 @@ class Caller:
         self._client = client
         self._rng = np.random.default_rng(seed)
         self._twin: RingKVCache | None = None
-        self._sessions = [self._new() for _ in range(sessions)]
+        self._sessions: list[Any] = [self._new() for _ in range(sessions)]
         if mirror:
             self._twin = RingKVCache(**SHAPE)
             self._sessions[0].close()
@@ -104,8 +104,10 @@ class Caller:
     def _turn(self, index: int) -> None:
         session, chance = self._sessions[index], self._rng.random()
         twin = self._twin if index == 0 else None
-        if twin is None and chance < 0.02:
-            session.close()
+        if session is None or (twin is None and chance < 0.02):
+            if session:
+                session.close()
+            self._sessions[index] = None  # until a new one is made, which may be refused
             self._sessions[index] = self._new()
         elif twin is None and chance < 0.04:
             with session.fork() as child:
@@ -120,10 +122,14 @@ class Caller:
 
     def _new(self) -> Any:
         session = self._client.create_session(**SHAPE)
-        prompt = self._draw(PROMPT)
-        for layer in range(LAYERS):
-            session.prefill(layer, *prompt)
-        self._decode(session, 1)  # so that the server need not keep the prompt's large answers any more
+        try:
+            prompt = self._draw(PROMPT)
+            for layer in range(LAYERS):
+                session.prefill(layer, *prompt)
+            self._decode(session, 1)  # so that the server need not keep the prompt's large answers any more
+        except ServiceError:
+            session.close()
+            raise
         return session
 
     def _decode(self, session: Any, tokens: int, twin: RingKVCache | None = None) -> None:

@@ -15,6 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from . import logs
+from .addresses import is_local
 from .auth import Authenticator, TokenFile
 from .config import ServeConfig
 from .servicer import SERVICE, AttentionServicer
@@ -102,13 +103,16 @@ class Server:
 
     async def stop(self) -> None:
         """Say NOT_SERVING, refuse what is new, let what runs finish within the configured grace, and stop."""
-        until = time.monotonic() + self._config.grace
+        began = time.monotonic()
+        until = began + self._config.grace
+        log.info("stopping", extra=self._servicer.load())
         if self.status_page:
             self.status_page.state = "stopping"
         await self._health.enter_graceful_shutdown()
         self._servicer.drain()
         while self._servicer.busy and time.monotonic() < until:
             await asyncio.sleep(0.01)
+        unfinished = self._servicer.load()["steps"]
         # Calls of the standard services, such as a health watch, would never end by themselves.
         await self._server.stop(grace=min(1.0, max(0.0, until - time.monotonic())))
         self._housekeeping.cancel()
@@ -117,6 +121,7 @@ class Server:
             await asyncio.to_thread(self._tracing.close)
         if self.status_page:
             await self.status_page.stop()
+        log.info("stopped", extra={"seconds": round(time.monotonic() - began, 3), "unfinished_steps": unfinished})
 
     async def _say(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in ("", SERVICE):
@@ -157,6 +162,8 @@ def serve(config: ServeConfig) -> None:
     logs.configure(config.log_level, config.log_format)
     if config.insecure and not config.local_only:
         log.warning("insecure: other machines can connect")
+    if config.metrics_port is not None and not is_local(f"{config.metrics_host}:0"):
+        log.warning("other machines can read the metrics and the status page")
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_serve(config))
 
@@ -180,5 +187,4 @@ async def _serve(config: ServeConfig) -> None:
     if server.status_page:
         print(f"status page at {server.status_page.url}, metrics at {server.status_page.url}metrics", flush=True)
     await stopping.wait()
-    log.info("stopping")
     await server.stop()

@@ -152,16 +152,22 @@ class AttentionServicer:
         """
         while True:
             await asyncio.sleep(1.0)
-            self._door.refresh()
-            for stream in self._streams:
-                try:
-                    self._door.readmit(stream.call)
-                except UnauthenticatedError:
-                    stream.stop_reading()
-            for session in self._table.end_idle():
-                log.info("session of %d bytes expired", session.kv_bytes)
-                self._free(session)
-            await self._memory.relieve()
+            try:
+                await self._see_to_what_is_due()
+            except Exception:
+                log.exception("something that is due each second failed, and is tried again")
+
+    async def _see_to_what_is_due(self) -> None:
+        self._door.refresh()
+        for stream in self._streams:
+            try:
+                self._door.readmit(stream.call)
+            except UnauthenticatedError:
+                stream.stop_reading()
+        for session in self._table.end_idle():
+            log.info("session of %d bytes expired", session.kv_bytes)
+            self._free(session)
+        await self._memory.relieve()
 
     def drain(self) -> None:
         """Take no more steps and sessions; what is in flight goes on, and streams end when theirs is answered."""
@@ -173,6 +179,10 @@ class AttentionServicer:
     def busy(self) -> bool:
         """Whether steps or streams are in flight, or something else is done with a session."""
         return self._engine.steps > 0 or bool(self._streams) or self._memory.holds > 0
+
+    def load(self) -> dict[str, int]:
+        """Say how much is under way."""
+        return {"steps": self._engine.steps, "streams": len(self._streams), "sessions": len(self._table)}
 
     def identity(self) -> dict[str, str]:
         """Say what serves."""

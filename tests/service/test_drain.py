@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import re
 import signal
@@ -94,7 +95,11 @@ def test_the_process_ends_well_on_a_signal(serve: Any, qkv: Any, number: signal.
     session.step(0, **qkv(1))
     process.send_signal(number)
     assert process.wait(timeout=20) == 0
-    assert "Traceback" not in process.stderr.read()
+    events = [json.loads(line) for line in process.stderr.read().splitlines() if line.startswith("{")]
+    assert not any("exception" in event for event in events)
+    first, last = (event for event in events if event["event"] in ("stopping", "stopped"))
+    assert (first["event"], first["sessions"]) == ("stopping", 1)
+    assert (last["event"], last["unfinished_steps"]) == ("stopped", 0)
     client.close()  # which finds nobody, and says nothing
 
 

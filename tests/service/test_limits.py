@@ -182,3 +182,18 @@ def test_a_time_to_live_beyond_the_servers_is_refused(start_server: Any) -> None
     ):
         client.create_session(1, 2, 16, capacity=64, ttl=101)
     assert caught.value.reason == "BAD_TENSOR"
+
+
+def test_what_is_due_each_second_goes_on_after_a_failure(start_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = start_server()
+    memory, failures = server.server._servicer._memory, []
+
+    async def fail() -> None:
+        failures.append(1)
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(memory, "relieve", fail)
+    with Client(server.target, retry=ONCE) as client:
+        server.wait_until(lambda: bool(failures))
+        client.create_session(1, 2, 16, capacity=64, ttl=0.01)
+        server.wait_until(lambda: not len(server.server._servicer._table))
