@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ class Folder:
 
     Attributes:
         budget: As given.
-        nbytes: Bytes of the files that are there or are being written.
+        nbytes: Bytes that are reserved.
 
     Raises:
         OSError: The folder cannot be made, read or written, or another server uses it.
@@ -41,7 +42,7 @@ class Folder:
             raise OSError(f"{path} is used by another server") from None
         for partial in path.rglob(f".*{SUFFIX}.*"):
             partial.unlink()
-        self.nbytes = sum(file.stat().st_size for file in self.files())
+        self.nbytes = 0
 
     def close(self) -> None:
         """Let others use the folder."""
@@ -50,6 +51,14 @@ class Folder:
     def files(self) -> Iterator[Path]:
         """Return the files that are whole."""
         return (file for file in self.path.rglob(f"*{SUFFIX}") if not file.name.startswith("."))
+
+    def measure(self) -> int:
+        """Return the bytes of the files that are whole."""
+        nbytes = 0
+        for file in self.files():
+            with contextlib.suppress(FileNotFoundError):  # it has been removed meanwhile
+                nbytes += file.stat().st_size
+        return nbytes
 
     def reserve(self, nbytes: int) -> None:
         """Count bytes in before they are written.

@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import grpc
+
 from numbaflash import RingKVCache
 from numbaflash.cache.files import DamagedError
 
@@ -101,7 +103,10 @@ class Memory:
 
     def find_spilled(self, principals: Principals) -> None:
         """Enter the sessions that an earlier process has left in the spill folder; their pages are checked later."""
-        for path in sorted(self._spill.files()) if self._spill else ():
+        if self._spill is None:
+            return
+        self._spill.nbytes = self._spill.measure()
+        for path in sorted(self._spill.files()):
             try:
                 file = records.RecordFile(path)
                 file.close()
@@ -221,6 +226,8 @@ class Memory:
                 size = await asyncio.to_thread(records.write, path, records.Record.of(session), cache, answers)
             except OSError as error:
                 raise storage_error(error, "a session cannot be spilled") from None
+            except MemoryError:
+                raise StorageError("a session cannot be spilled: the machine has no memory left") from None
             finally:
                 folder.release(most - size)
             if session.in_flight or session.lost:
@@ -350,6 +357,9 @@ class Memory:
             if not session.lost:
                 self._table.end(session, partial(SessionEvictedError, why))
                 self._free(session)
+        except Exception:
+            log.exception("a session cannot be read back from disk")
+            error = ServiceError("the session cannot be read back from disk", code=grpc.StatusCode.INTERNAL)
         session.work = None
         if error:
             self._refuse(session, error)

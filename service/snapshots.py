@@ -24,7 +24,7 @@ class Snapshots:
     """Belongs to the event loop; files are written and read on threads of their own.
 
     Args:
-        folder: Where they are; within it, each caller has a folder.
+        folder: Where they are; within it, each caller has a folder. Only those that are being written are counted.
     """
 
     def __init__(self, folder: Folder) -> None:
@@ -40,17 +40,18 @@ class Snapshots:
         most = records.most_bytes(cache, answers)
         path = self._path(owner, name)
         self._folder.reserve(most)
-        earlier = size = 0
         try:
+            # Measured each time: the operator may have removed some.
+            there = await asyncio.to_thread(self._folder.measure)
+            if there + self._folder.nbytes > self._folder.budget:
+                raise StorageError(f"{most} bytes do not fit: {there} of {self._folder.budget} for snapshots are taken")
             path.parent.mkdir(mode=0o700, exist_ok=True)
-            before = path.stat().st_size if path.exists() else 0
-            size = await asyncio.to_thread(records.write, path, record, cache, answers)
-            earlier = before
+            await asyncio.to_thread(records.write, path, record, cache, answers)
         except OSError as error:
             log.error("a snapshot cannot be written: %s", error)
             raise storage_error(error, "the snapshot cannot be written") from None
         finally:
-            self._folder.release(most - size + earlier)
+            self._folder.release(most)
 
     async def open(self, owner: Principal, name: str) -> records.RecordFile:
         """Open a snapshot; to be closed.

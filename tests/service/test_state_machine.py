@@ -41,6 +41,7 @@ LAYERS, HEADS, HEAD_DIM, ROLLBACK = 2, 2, 64, 30
 SHAPE = {"capacity": 100, "sink_tokens": 2, "page_size": 64, "dtype": "float32", "rollback": ROLLBACK}
 
 WHICH, LAYER, COUNT = st.integers(0, 10**6), st.integers(0, LAYERS - 1), st.sampled_from([1, 1, 2, 7, 40, 150])
+CANCEL = st.sampled_from([None, None, 0.0, 0.0005, 0.002])
 KIND = st.sampled_from(["step", "step", "append"])
 
 
@@ -109,6 +110,13 @@ class Sessions(RuleBasedStateMachine):
                 if not isinstance(failed, (BusyError, KVBudgetError)) or time.monotonic() > until:
                     raise failed from None
                 time.sleep(0.002)
+
+    def _cancel(self, method: str, request: Any, delay: float | None) -> None:
+        """Make a call and cancel it after a while; what becomes of it is the server's to decide."""
+        if delay is not None:
+            call = getattr(self._stock, method).future(request, timeout=20)
+            time.sleep(delay)
+            call.cancel()
 
     def _pick(self, which: int) -> Twin:
         return self._live[which % len(self._live)]
@@ -204,9 +212,7 @@ class Sessions(RuleBasedStateMachine):
     def cancel_a_step_and_send_it_again(self, which: int, layer: int, count: int, kind: str, delay: float) -> None:
         twin = self._pick(which)
         request = self._new_step(twin, layer, count, kind)
-        call = self._stock.Decode.future(request, timeout=20)
-        time.sleep(delay)
-        call.cancel()
+        self._cancel("Decode", request, delay)
         try:
             answer = self._send("Decode", request)
         except ServiceError as error:
@@ -296,14 +302,21 @@ class Sessions(RuleBasedStateMachine):
         self._live.append(Twin(made.session_id, numbaflash.RingKVCache(LAYERS, HEADS, HEAD_DIM, **SHAPE)))
 
     @has_sessions
-    @rule(which=WHICH, back=st.integers(0, ROLLBACK + 20), before=st.none() | WHICH, losses=st.sampled_from([0, 1]))
-    def truncate(self, which: int, back: int, before: int | None, losses: int) -> None:
+    @rule(
+        which=WHICH,
+        back=st.integers(0, ROLLBACK + 20),
+        before=st.none() | WHICH,
+        losses=st.sampled_from([0, 1]),
+        cancel=CANCEL,
+    )
+    def truncate(self, which: int, back: int, before: int | None, losses: int, cancel: float | None) -> None:
         """Take a session back by some tokens, or to where one of its steps began."""
         twin = self._pick(which)
         length = max(0, min(twin.cache.length(layer) for layer in range(LAYERS)) - back)
         if before is not None and twin.taken:
             length = twin.taken[-1 - before % min(4, len(twin.taken))].request.position
         request = pb.TruncateRequest(session_id=twin.id, length=length, epoch=twin.epoch)
+        self._cancel("Truncate", request, cancel)
         try:
             answers = [self._send("Truncate", request) for _ in range(losses + 1)]
         except ServiceError as error:
@@ -314,7 +327,9 @@ class Sessions(RuleBasedStateMachine):
                 twin.cache.truncate(length)
             return
         twin.cache.truncate(length)
-        assert [answer.replayed for answer in answers] == [False] + [True] * losses
+        replayed = [answer.replayed for answer in answers]
+        assert replayed[1:] == [True] * losses
+        assert not replayed[0] or cancel is not None
         assert {answer.epoch for answer in answers} == {twin.epoch + 1}
         assert {answer.first for answer in answers} == {twin.cache.first(0)}
         twin.epoch += 1
@@ -352,9 +367,10 @@ class Sessions(RuleBasedStateMachine):
         self._same(answer.state, twin.cache)
 
     @has_sessions
-    @rule(which=WHICH, name=st.sampled_from("ab"))
-    def snapshot(self, which: int, name: str) -> None:
+    @rule(which=WHICH, name=st.sampled_from("ab"), cancel=CANCEL)
+    def snapshot(self, which: int, name: str, cancel: float | None) -> None:
         twin = self._pick(which)
+        self._cancel("Snapshot", pb.SnapshotRequest(session_id=twin.id, name=name), cancel)
         try:
             answer = self._send("Snapshot", pb.SnapshotRequest(session_id=twin.id, name=name))
         except ServiceError as error:
