@@ -29,6 +29,8 @@ class KVDtype(StrEnum):
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
+    int8 = "int8"
+    int4 = "int4"
 
 
 def main() -> None:
@@ -151,7 +153,12 @@ def demo(
         int | None, typer.Option(min=1, help="Tokens that the cache keeps visible, sink tokens included; default: all.")
     ] = None,
     sink_tokens: Annotated[int, typer.Option(min=0, help="First tokens that a window never drops.")] = 4,
-    dtype: Annotated[KVDtype, typer.Option(help="Of the keys and values in the cache.")] = KVDtype.float32,
+    dtype: Annotated[
+        KVDtype, typer.Option("--dtype", "--kv-dtype", help="Of the keys and values in the cache.")
+    ] = KVDtype.float32,
+    quantizer: Annotated[
+        str | None, typer.Option(help="Of int8 and int4: group or hqq, with options as in hqq:group_size=32.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Let a real language model generate text through the service.
@@ -169,6 +176,7 @@ def demo(
             window=window,
             sink_tokens=sink_tokens,
             dtype=dtype.value,
+            quantizer=quantizer,
             json=json,
         )
     except command.UsageError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final
@@ -15,6 +16,7 @@ from google.rpc import status_pb2
 from numpy.typing import NDArray
 
 from numbaflash.arrays import as_numpy, like
+from numbaflash.cache.quantizers import AWQQuantizer, Quantizer
 from numbaflash.problem import check_dtype
 
 from . import wire
@@ -113,7 +115,7 @@ class Client:
         capacity: int,
         sink_tokens: int = 0,
         dtype: str = "float16",
-        quantizer: str | None = None,
+        quantizer: Quantizer | str | None = None,
         page_size: int = 64,
         rollback: int = 64,
         num_q_heads: int | None = None,
@@ -128,8 +130,8 @@ class Client:
             head_dim: Elements of a query, a key and a value.
             capacity: Tokens that stay visible, sink tokens included.
             sink_tokens: First tokens that are never overwritten.
-            dtype: Storage dtype, "float32", "float16" or "bfloat16".
-            quantizer: None: the server has none yet.
+            dtype: Storage dtype, "float32", "float16", "bfloat16", "int8" or "int4".
+            quantizer: Of int8 and int4, as for `RingKVCache`.
             page_size: Tokens of a page.
             rollback: Newest tokens that can always be truncated.
             num_q_heads: Heads of queries that every step must have; None: any multiple of `num_kv_heads`.
@@ -151,14 +153,15 @@ class Client:
             capacity=capacity,
             sink_tokens=sink_tokens,
             dtype=dtype,
-            quantizer=quantizer or "",
+            quantizer=quantizer.text if isinstance(quantizer, Quantizer) else quantizer or "",
             page_size=page_size,
             rollback=rollback,
         )
         request = pb.CreateSessionRequest(shape=shape)
         if ttl is not None:
             request.ttl.FromNanoseconds(round(ttl * 1e9))
-        answer = wire.decode(pb.CreateSessionResponse, self._call("CreateSession", request))
+        scales = {"channel_scales": quantizer.channel_scales} if isinstance(quantizer, AWQQuantizer) else {}
+        answer = wire.decode(pb.CreateSessionResponse, self._call("CreateSession", request, tensors=scales))
         none = [0] * num_layers
         state = pb.SessionState(shape=shape, lengths=none, firsts=none, kv_bytes=answer.kv_bytes)
         return self._adopt(answer.session_id, state, stream, limits.max_message_bytes - _MAX_HEAD_BYTES)
@@ -191,8 +194,10 @@ class Client:
         self._sessions.add(session)
         return session
 
-    def _call(self, name: str, request: Any, timeout: float | None = None) -> bytes:
-        message = request.SerializeToString()
+    def _call(
+        self, name: str, request: Any, timeout: float | None = None, tensors: Mapping[str, NDArray[Any]] | None = None
+    ) -> bytes:
+        message = wire.encode_step(request, tensors or {})
         return self.retry.run(lambda seconds: self._calls(name, message, seconds), timeout or self.timeout)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from numbaflash import RingKVCache
 from numbaflash.backends import CACHE_BACKENDS, choose_backend
+from numbaflash.cache.page_format import BITS
 from numbaflash.cpu import SPLIT_KV_MAX_TOKENS
 
 from . import validation, wire
@@ -230,7 +231,7 @@ class AttentionServicer:
         config = self._config
         info = pb.GetInfoResponse(
             **self.identity(),
-            dtypes=list(wire.DTYPES),
+            dtypes=[*wire.DTYPES, *BITS],
             limits=pb.Limits(
                 max_message_bytes=config.max_message_bytes,
                 max_sessions=config.max_sessions,
@@ -264,8 +265,9 @@ class AttentionServicer:
         ttl = self._config.default_ttl
         if request.HasField("ttl"):
             ttl = validation.time_to_live(request.ttl, self._config.max_ttl)
+        scales = validation.channel_scales(request, shape)
         session = await self._enter(
-            call.principal, shape, ttl, lambda: self._engine.call(partial(shape.new_cache, self._backend))
+            call.principal, shape, ttl, lambda: self._engine.call(partial(shape.new_cache, self._backend, scales))
         )
         response = pb.CreateSessionResponse(session_id=session.id, kv_bytes=session.kv_bytes)
         response.expires_at.FromNanoseconds(int(session.expires_at * 1e9))
@@ -274,9 +276,8 @@ class AttentionServicer:
     async def _enter(self, owner: Principal, shape: Shape, ttl: float, fill: Fill) -> Session:
         """Make a session: its bytes are reserved before `fill` makes its cache."""
         self._refuse_when_draining()
-        itemsize = wire.DTYPES[shape.dtype].itemsize
-        await self._memory.make_room(shape.kv_bytes(itemsize))
-        session = self._table.create(owner, shape, ttl, itemsize)
+        await self._memory.make_room(shape.kv_bytes)
+        session = self._table.create(owner, shape, ttl)
         session.work = asyncio.current_task()
         try:
             session.cache = await fill()

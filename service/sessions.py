@@ -16,8 +16,13 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from numbaflash import RingKVCache
 from numbaflash.cache.layout import RingLayout
+from numbaflash.cache.quantizers import quantizer_of
+from numbaflash.cache.size import layer_nbytes
 
 from .errors import (
     BusyError,
@@ -51,6 +56,7 @@ class Shape:
         dtype: Storage dtype by name.
         page_size: Tokens of a page.
         rollback: Newest tokens that can always be truncated.
+        quantizer: Its text, where dtype is of codes; else empty.
     """
 
     num_layers: int
@@ -62,11 +68,13 @@ class Shape:
     dtype: str
     page_size: int
     rollback: int
+    quantizer: str = ""
 
-    def kv_bytes(self, itemsize: int) -> int:
+    @property
+    def kv_bytes(self) -> int:
         """Bytes that the cache can come to, its bookkeeping included; exact however large (Python's integers)."""
-        page = 2 * self.num_kv_heads * self.page_size * self.head_dim * itemsize + _PAGE_OVERHEAD
-        return self.num_layers * self._layout.slots * page + _SESSION_OVERHEAD
+        one = layer_nbytes(self.num_kv_heads, self.head_dim, self._layout, self.dtype, self.quantizer or None)
+        return self.num_layers * (one.total + (one.pages + one.raw_pages) * _PAGE_OVERHEAD) + _SESSION_OVERHEAD
 
     def first_visible(self, length: int) -> int:
         """Return the oldest visible position of a layer with `length` tokens, sinks apart; `length` while none is."""
@@ -78,8 +86,8 @@ class Shape:
             capacity=self.capacity, sink_tokens=self.sink_tokens, page_size=self.page_size, rollback=self.rollback
         )
 
-    def new_cache(self, backend: str | None) -> RingKVCache:
-        """Make the empty cache."""
+    def new_cache(self, backend: str | None, channel_scales: NDArray[np.float32] | None = None) -> RingKVCache:
+        """Make the empty cache; `channel_scales` are of quantizer awq."""
         return RingKVCache(
             self.num_layers,
             self.num_kv_heads,
@@ -87,6 +95,7 @@ class Shape:
             capacity=self.capacity,
             sink_tokens=self.sink_tokens,
             dtype=self.dtype,
+            quantizer=quantizer_of(self.quantizer, channel_scales) if self.quantizer else None,
             page_size=self.page_size,
             rollback=self.rollback,
             backend=backend,
@@ -217,7 +226,7 @@ class SessionTable:
         """Return the sessions that a caller may see."""
         return [session for session in self._sessions.values() if session.owner is owner]
 
-    def create(self, owner: Principal, shape: Shape, ttl: float, itemsize: int) -> Session:
+    def create(self, owner: Principal, shape: Shape, ttl: float) -> Session:
         """Enter a new session of a caller's and reserve its bytes; the engine makes its cache.
 
         Raises:
@@ -230,7 +239,7 @@ class SessionTable:
             id=secrets.token_hex(16),
             owner=owner,
             shape=shape,
-            kv_bytes=shape.kv_bytes(itemsize),
+            kv_bytes=shape.kv_bytes,
             ttl=ttl,
             created_at=time.time(),
             expires=time.monotonic() + ttl,

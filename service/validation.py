@@ -15,6 +15,9 @@ import numpy as np
 from google.protobuf.duration_pb2 import Duration
 from numpy.typing import NDArray
 
+from numbaflash.cache.page_format import BITS
+from numbaflash.cache.quantizers import AWQQuantizer, quantizer_of
+
 from . import wire
 from .errors import BadTensorError
 from .sessions import Shape
@@ -70,17 +73,17 @@ def session_shape(message: pb.SessionShape) -> Shape:
         )
     capacity = _between("shape.capacity", message.capacity, 1, MAX_CAPACITY)
     dtype = message.dtype or "float16"
-    if dtype not in wire.DTYPES:
-        raise BadTensorError("shape.dtype", f"got {dtype[:32]!r}; takes {', '.join(wire.DTYPES)}")
-    if message.quantizer:
-        raise BadTensorError("shape.quantizer", f"got {message.quantizer[:32]!r}; this version has none")
+    if dtype not in (*wire.DTYPES, *BITS):
+        raise BadTensorError("shape.dtype", f"got {dtype[:32]!r}; takes {', '.join((*wire.DTYPES, *BITS))}")
     page_size = message.page_size or _DEFAULT_PAGE_SIZE
     if not 8 <= page_size <= 256 or page_size & (page_size - 1):
         raise BadTensorError("shape.page_size", f"got {page_size}; takes a power of two, 8 to 256")
+    num_layers = _between("shape.num_layers", message.num_layers, 1, MAX_LAYERS)
+    head_dim = _between("shape.head_dim", message.head_dim, 1, MAX_HEAD_DIM)
     return Shape(
-        num_layers=_between("shape.num_layers", message.num_layers, 1, MAX_LAYERS),
+        num_layers=num_layers,
         num_kv_heads=kv_heads,
-        head_dim=_between("shape.head_dim", message.head_dim, 1, MAX_HEAD_DIM),
+        head_dim=head_dim,
         num_q_heads=q_heads,
         capacity=capacity,
         sink_tokens=_between("shape.sink_tokens", message.sink_tokens, 0, capacity - 1),
@@ -89,7 +92,41 @@ def session_shape(message: pb.SessionShape) -> Shape:
         rollback=_between("shape.rollback", message.rollback, 0, _MAX_ROLLBACK)
         if message.HasField("rollback")
         else _DEFAULT_ROLLBACK,
+        quantizer=_quantizer(message.quantizer, dtype, (num_layers, kv_heads, head_dim)),
     )
+
+
+def _quantizer(text: str, dtype: str, model: tuple[int, int, int]) -> str:
+    """Check a quantizer against the model, and return its text."""
+    if dtype not in BITS:
+        if text:
+            raise BadTensorError("shape.quantizer", f"got {text[:64]!r}; dtype {dtype} takes none")
+        return ""
+    unit = np.ones(model, np.float32) if text.startswith(AWQQuantizer.name) else None
+    try:
+        quantizer = quantizer_of(text[:256] or "group", unit)
+        quantizer.page_format(dtype, model[1], _DEFAULT_PAGE_SIZE, model[2])
+    except ValueError as error:
+        raise BadTensorError("shape.quantizer", str(error)) from error
+    return quantizer.text
+
+
+def channel_scales(message: pb.CreateSessionRequest, shape: Shape) -> NDArray[np.float32] | None:
+    """Check awq's scales, and copy them out of the message; None for other quantizers."""
+    given = wire.read_layout(message.tensors, len(message.payload)).views(memoryview(message.payload))
+    if not shape.quantizer.startswith(AWQQuantizer.name):
+        if given:
+            raise BadTensorError("tensors", f"got {', '.join(given)}; takes none but for quantizer awq")
+        return None
+    if list(given) != ["channel_scales"]:
+        raise BadTensorError("tensors", f"got {', '.join(given) or 'none'}; quantizer awq takes channel_scales")
+    scales: NDArray[Any] = given["channel_scales"]
+    model = shape.num_layers, shape.num_kv_heads, shape.head_dim
+    if scales.dtype != np.float32 or scales.shape != model:
+        raise BadTensorError("tensors[0].shape", f"got {scales.dtype} {scales.shape}; takes float32 {model}")
+    if not (np.isfinite(scales) & (scales > 0)).all():
+        raise BadTensorError("tensors[0]", "channel_scales are not all positive and finite")
+    return scales.copy()
 
 
 def time_to_live(message: Duration, longest: float) -> float:
@@ -149,13 +186,14 @@ def step_form(form: bytes, payload_bytes: int, shape: Shape) -> StepForm:
     for name in arrays:
         _check_option(name, tensors[name], given.get("q"))
     numbers = _numbers(request.options)
+    stored = shape.dtype, shape.quantizer, shape.page_size if shape.quantizer else 0
     return StepForm(
         layout=layout,
         tokens=first.shape[0],
         out_nbytes=math.prod(first.shape) * first.dtype.itemsize if "q" in given else 0,
         numbers=numbers,
         arrays=arrays,
-        alike=(*((name, tensor.shape) for name, tensor in given.items()), first.dtype, shape.dtype, *numbers.items()),
+        alike=(*((name, tensor.shape) for name, tensor in given.items()), first.dtype, stored, *numbers.items()),
         epoch=request.options.epoch,
     )
 

@@ -116,7 +116,9 @@ def decode_step(cls: type[Step], wire: bytes) -> Parts[Step]:
     return Parts(head, form.SerializeToString(), payload)
 
 
-def encode_step(head: pb.StepRequest | pb.StepResponse, arrays: Mapping[str, NDArray[Any]]) -> bytes:
+def encode_step(
+    head: pb.StepRequest | pb.StepResponse | pb.CreateSessionRequest, arrays: Mapping[str, NDArray[Any]]
+) -> bytes:
     """Serialize a head (with options, if any) and tensors into the bytes that protobuf would have written.
 
     Args:

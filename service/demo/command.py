@@ -18,6 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
+from numbaflash.cache.page_format import BITS
+from numbaflash.cache.quantizers import quantizer_of
+
 from ..client import Client, Session
 from ..errors import ServiceError
 from ..info import ServerInfo
@@ -53,6 +56,7 @@ class Options:
         window: tokens that the cache keeps visible, sink tokens included; None keeps all.
         sink_tokens: first tokens that a window never drops.
         dtype: of the keys and values in the cache.
+        quantizer: of int8 and int4; None is "group".
     """
 
     prompt: str
@@ -63,11 +67,24 @@ class Options:
     window: int | None
     sink_tokens: int
     dtype: str
+    quantizer: str | None
 
     def __post_init__(self) -> None:
         """Check the options against each other; the command line has checked each by itself."""
         if self.window is not None and self.window <= self.sink_tokens:
             raise UsageError(f"--window must be greater than --sink-tokens ({self.sink_tokens}), got {self.window}")
+        if self.quantizer is not None:
+            try:
+                quantizer_of(self.quantizer)
+            except ValueError as error:
+                raise UsageError(f"--quantizer: {error}") from None
+            if self.dtype not in BITS:
+                raise UsageError(f"--quantizer goes with --kv-dtype {' or '.join(BITS)}, got {self.dtype}")
+
+    @property
+    def kept_sinks(self) -> int:
+        """Sink tokens of the cache: quantized, it keeps them in float16, and without a window it needs none else."""
+        return self.sink_tokens if self.window or self.dtype in BITS else 0
 
 
 @dataclass(frozen=True)
@@ -140,13 +157,12 @@ def prepare(asked: Options, stack: ExitStack, say: Progress) -> Stage:
         wait_until_serving(target, START_SECONDS, process.check_alive)
     client = stack.enter_context(Client(target, timeout=STEP_SECONDS))
     say("Warming up (the first time compiles kernels)")
-    _warm_up(client, model, asked.dtype)
+    _warm_up(client, model, asked)
     session = _create_session(
         client,
         model.config,
-        capacity=asked.window or len(prompt_ids) + asked.max_new_tokens,
-        sink_tokens=asked.sink_tokens if asked.window else 0,
-        dtype=asked.dtype,
+        capacity=asked.window or len(prompt_ids) + asked.max_new_tokens + asked.kept_sinks,
+        asked=asked,
     )
     say("Reading the prompt")
     return Stage(tokenizer, model, prompt_ids, session, client.info())
@@ -205,21 +221,22 @@ def _check_length(prompt_ids: list[int], max_new_tokens: int, config: LlamaConfi
         )
 
 
-def _create_session(client: Client, config: LlamaConfig, *, capacity: int, sink_tokens: int, dtype: str) -> Session:
+def _create_session(client: Client, config: LlamaConfig, *, capacity: int, asked: Options) -> Session:
     return client.create_session(
         config.num_layers,
         config.num_kv_heads,
         config.head_dim,
         capacity=capacity,
-        sink_tokens=sink_tokens,
-        dtype=dtype,
+        sink_tokens=asked.kept_sinks,
+        dtype=asked.dtype,
+        quantizer=asked.quantizer,
         num_q_heads=config.num_heads,
     )
 
 
-def _warm_up(client: Client, model: Llama, dtype: str) -> None:
+def _warm_up(client: Client, model: Llama, asked: Options) -> None:
     """Take steps of both kinds, so that what is timed later contains no compilation."""
-    tokens = 32
-    with _create_session(client, model.config, capacity=2 * tokens, sink_tokens=0, dtype=dtype) as session:
+    tokens = 32 if asked.dtype not in BITS else 80  # the first page is quantized, too
+    with _create_session(client, model.config, capacity=2 * tokens + asked.kept_sinks, asked=asked) as session:
         model.forward([0] * tokens, 0, session)
         model.forward([0], tokens, session)

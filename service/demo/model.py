@@ -106,7 +106,15 @@ class Llama:
         self.blocks = [_block(checkpoint, f"blk.{layer}") for layer in range(self.config.num_layers)]
 
     def forward(self, ids: list[int], position: int, attention: Attention) -> Array:
-        """Run T new tokens through the model.
+        """Run T new tokens through the model, and return the logits after the last one, float32 (vocabulary,).
+
+        The arguments are those of `hidden`.
+        """
+        logits: Array = self.logits(self.hidden(ids, position, attention)[-1:])[0]
+        return logits
+
+    def hidden(self, ids: list[int], position: int, attention: Attention) -> Array:
+        """Run T new tokens through the layers.
 
         Args:
             ids: the T tokens.
@@ -114,7 +122,7 @@ class Llama:
             attention: holds the KV cache; every layer takes one `step` in it.
 
         Returns:
-            Logits after the last token, float32 (vocabulary,).
+            What comes out of the last layer, (T, E).
         """
         heads, kv_heads, dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         rotation = rope_rotation(np.arange(position, position + len(ids)), dim, self.config.rope_base)
@@ -126,9 +134,12 @@ class Llama:
             x = x + block.attention_out.product(attended.reshape(len(ids), -1))
             gate, up = np.split(block.gate_up.product(self._norm(x, block.mlp_norm)), 2, axis=1)
             x = x + block.down.product(silu(gate) * up)
+        return x
+
+    def logits(self, hidden: Array) -> Array:
+        """Return the logits after tokens whose `hidden` is given: (T, E) to (T, vocabulary)."""
         # The embedding is tied: it is the output matrix as well.
-        logits: Array = self.embedding.product(self._norm(x[-1:], self.final_norm))[0]
-        return logits
+        return self.embedding.product(self._norm(hidden, self.final_norm))
 
     def _norm(self, x: Array, weight: Array) -> Array:
         """RMSNorm over the last axis."""

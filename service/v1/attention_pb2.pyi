@@ -117,12 +117,16 @@ class SessionShape(_message.Message):
     def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., num_q_heads: _Optional[int] = ..., capacity: _Optional[int] = ..., sink_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., quantizer: _Optional[str] = ..., page_size: _Optional[int] = ..., rollback: _Optional[int] = ...) -> None: ...
 
 class CreateSessionRequest(_message.Message):
-    __slots__ = ("shape", "ttl")
+    __slots__ = ("shape", "ttl", "tensors", "payload")
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     TTL_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     shape: SessionShape
     ttl: _duration_pb2.Duration
-    def __init__(self, shape: _Optional[_Union[SessionShape, _Mapping]] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    tensors: _containers.RepeatedCompositeFieldContainer[TensorDesc]
+    payload: bytes
+    def __init__(self, shape: _Optional[_Union[SessionShape, _Mapping]] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[TensorDesc, _Mapping]]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class CreateSessionResponse(_message.Message):
     __slots__ = ("session_id", "expires_at", "kv_bytes")

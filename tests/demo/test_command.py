@@ -92,6 +92,8 @@ def test_text_is_streamed_and_summed_up_through_a_given_server() -> None:
         (["--max-new-tokens", "0"], "--max-new-tokens"),
         (["--temperature", "-1"], "--temperature"),
         (["--dtype", "int3"], "--dtype"),
+        (["--kv-dtype", "int4", "--quantizer", "nonsense"], "--quantizer"),
+        (["--quantizer", "hqq"], "--quantizer"),
     ],
 )
 def test_bad_usage_is_status_2_and_names_the_option(arguments: list[str], says: str) -> None:

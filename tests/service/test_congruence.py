@@ -44,7 +44,7 @@ CALLS = st.lists(
     capacity=st.sampled_from([5, 33, 64]),
     sink_tokens=st.integers(0, 4),
     page_size=st.sampled_from([8, 64]),
-    storage=st.sampled_from(sorted(wire.DTYPES)),
+    storage=st.sampled_from([*sorted(wire.DTYPES), "int8", "int4"]),
     dtype=st.sampled_from(sorted(wire.DTYPES)),
     stream=st.booleans(),
 )
@@ -59,13 +59,13 @@ def test_a_session_is_a_ring_kv_cache(
     stream: bool,
 ) -> None:
     shape = {"capacity": capacity, "sink_tokens": sink_tokens, "dtype": storage, "page_size": page_size}
-    cache = numbaflash.RingKVCache(2, 2, 16, **shape)
+    cache = numbaflash.RingKVCache(2, 2, 32, **shape)
     rng = np.random.default_rng(0)
     with contextlib.ExitStack() as forks:
-        session = forks.enter_context(shared_client.create_session(2, 2, 16, **shape, stream=stream))
+        session = forks.enter_context(shared_client.create_session(2, 2, 32, **shape, stream=stream))
         for call in calls:
             layer, tokens, options = call["layer"], call["tokens"], call["options"]
-            q, k, v = (rng.standard_normal((tokens, heads, 16)).astype(wire.DTYPES[dtype]) for heads in (4, 2, 2))
+            q, k, v = (rng.standard_normal((tokens, heads, 32)).astype(wire.DTYPES[dtype]) for heads in (4, 2, 2))
             if call["method"] == "truncate":
                 length = max(0, max(cache.length(0), cache.length(1)) - tokens)
                 outcomes = [truncation(form, length) for form in (session, cache)]

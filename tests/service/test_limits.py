@@ -43,16 +43,16 @@ def shape(**changes: Any) -> Shape:
     rollback=st.integers(0, 1 << 16),
 )
 def test_what_is_reserved_covers_every_page_and_never_wraps(num_layers: int, **dims: int) -> None:
-    reserved = shape(num_layers=num_layers, **dims).kv_bytes(2)
+    reserved = shape(num_layers=num_layers, **dims).kv_bytes
     tokens = dims["capacity"] + dims["rollback"]
     assert reserved > num_layers * tokens * dims["num_kv_heads"] * dims["head_dim"] * 2 * 2
 
 
 def test_the_largest_session_that_can_be_asked_for_is_refused_by_its_true_size() -> None:
     table = SessionTable(kv_memory=1 << 40, max_sessions=1)
-    largest = shape(num_layers=1024, num_kv_heads=1024, head_dim=256, capacity=1 << 24, page_size=8)
+    largest = shape(num_layers=1024, num_kv_heads=1024, head_dim=256, capacity=1 << 24, page_size=8, dtype="float32")
     with pytest.raises(KVBudgetError) as caught:
-        table.create(Principal("somebody"), largest, 1.0, 4)
+        table.create(Principal("somebody"), largest, 1.0)
     needed = next(int(word) for word in caught.value.message.split() if word.isdecimal())
     assert needed > 1024 * (1 << 24) * 1024 * 256 * 2 * 4
     assert table.kv_reserved == 0
