@@ -26,7 +26,8 @@ def run(
 ) -> None:
     """Print the sessions of a server as a table, or as one JSON object.
 
-    The table has the first characters of session ids, enough to find them in the log; JSON has them whole.
+    The table has what fits 80 columns: of session ids the first characters, enough to find them on the status page, of
+    tokens those of the longest layer. JSON has everything.
 
     Raises:
         ServiceError: The server cannot be reached, or refuses.
@@ -46,19 +47,18 @@ def run(
     )
     if usage.spilled_sessions:
         title += f", {usage.spilled_sessions} on disk"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("session", "layers, kv heads, dim"):
         table.add_column(column, no_wrap=True)
     for column in ("tokens", "window", "memory", "steps", "ends in"):
         table.add_column(column, justify="right", no_wrap=True)
     now = datetime.now(UTC).timestamp()
     for session in sessions:
-        shortest, longest = session.min_length, session.max_length
         table.add_row(
             f"{session.session_id[:8]}…",
             f"{session.num_layers}, {session.num_kv_heads}, {session.head_dim} {session.dtype}",
-            f"{shortest}" if shortest == longest else f"{shortest}-{longest}",
-            f"{session.capacity}" + (f" ({session.sink_tokens})" if session.sink_tokens else ""),
+            str(session.max_length),
+            str(session.capacity),
             "on disk" if session.spilled else _size(session.kv_bytes),
             str(session.steps),
             "busy" if session.busy else _time(max(0.0, session.expires_at - now)),
@@ -72,7 +72,7 @@ def _size(nbytes: int) -> str:
         if value < 1024 or unit == "TiB":
             break
         value /= 1024
-    return f"{value:.4g} {unit}"
+    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 def _time(seconds: float) -> str:

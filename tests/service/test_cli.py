@@ -58,6 +58,7 @@ def test_sessions_lists_what_a_server_holds(server: Any, client: Client, qkv: An
     assert table.exit_code == 0
     assert f"{session.id[:8]}…" in table.output
     assert max(map(len, table.output.splitlines())) <= 80
+    assert table.output.count("…") == 1, "nothing but the id is cut off"
     listed = json.loads(run("sessions", "--target", server.target, "--json").output)
     assert [entry["session_id"] for entry in listed["sessions"]] == [session.id]
     assert (listed["sessions"][0]["min_length"], listed["sessions"][0]["max_length"]) == (0, 9)
