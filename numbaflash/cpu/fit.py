@@ -47,12 +47,13 @@ def encode(x, scales, offsets, top, codes, errors):
 
 
 @kernel
-def half_quadratic(x, scales, offsets, top, middle, fit_scale, fit_offset, rounds):
+def half_quadratic(x, scales, offsets, top, middle, symmetric, rounds):
     """Improve scales and offsets, (batch, groups) float32 in place, by half-quadratic splitting (HQQ).
 
     Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023): minimise |x - dequantized|^p
-    by turns: e takes up the errors that are outliers (its shrinkage operator), then the offset, and the scale with it,
-    are the least-squares fit of x - e to the codes. p is 1/2, and errors are measured in steps of the first scale.
+    by turns: e takes up the errors that are outliers (its shrinkage operator), then the offset is the least-squares fit
+    of x - e to the codes, or the scale where there are no offsets. p is 1/2, and errors are measured in steps of the
+    first scale.
 
     Args:
         x: (batch, size, groups) float32.
@@ -60,8 +61,7 @@ def half_quadratic(x, scales, offsets, top, middle, fit_scale, fit_offset, round
         offsets: First guess.
         top: Largest code, a float32.
         middle: Where codes are symmetric, the code of 0, else 0; offsets are then -middle * scale.
-        fit_scale: Whether scales may change.
-        fit_offset: Whether offsets may.
+        symmetric: Whether scales are fitted, else offsets.
         rounds: Turns.
     """
     zero = np.float32(0)
@@ -94,13 +94,9 @@ def half_quadratic(x, scales, offsets, top, middle, fit_scale, fit_offset, round
                         count_ct[g] += code * target
                 for g in range(lanes):
                     scale = scales[b, first + g]
-                    if fit_scale and fit_offset:
-                        spread = size * count_cc[g] - count_c[g] * count_c[g]
-                        slope = (size * count_ct[g] - count_c[g] * count_t[g]) / max(spread, np.float32(1e-30))
-                        scale = slope if spread > 0 and slope > 0 else scale
-                    elif fit_scale:
+                    if symmetric:
                         slope = count_ct[g] / max(count_cc[g], np.float32(1e-30))
                         scale = slope if slope > 0 else scale
                     scales[b, first + g] = scale
-                    offsets[b, first + g] = (count_t[g] - scale * count_c[g]) / size if fit_offset else -middle * scale
+                    offsets[b, first + g] = -middle * scale if symmetric else (count_t[g] - scale * count_c[g]) / size
                 strength *= np.float32(0.95)
