@@ -60,12 +60,18 @@ def serve(
     max_calls: Annotated[int | None, typer.Option(help="Calls and streams under way at a time.")] = None,
     max_queued_steps: Annotated[int | None, typer.Option(help="Steps waiting or running at a time.")] = None,
     max_queued_bytes: Annotated[str | None, typer.Option(help="Bytes of those steps.")] = None,
+    max_queue_time: Annotated[float | None, typer.Option(help="Seconds that a step may wait.")] = None,
     max_in_flight: Annotated[int | None, typer.Option(help="Steps in flight on one Attend stream.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Steps computed together at most.")] = None,
     batch_wait: Annotated[float | None, typer.Option(help="Seconds that a step waits for others like it.")] = None,
     default_ttl: Annotated[float | None, typer.Option(help="Seconds without a step until a session ends.")] = None,
     max_ttl: Annotated[float | None, typer.Option(help="The most that a client may ask for.")] = None,
     grace: Annotated[float | None, typer.Option(help="Seconds that calls have to finish on SIGTERM.")] = None,
+    quota_sessions: Annotated[int | None, typer.Option(help="Sessions of one caller.")] = None,
+    quota_kv_memory: Annotated[str | None, typer.Option(help="Keys and values of one caller, such as 1GiB.")] = None,
+    quota_tokens_per_second: Annotated[
+        float | None, typer.Option(help="Tokens of one caller a second, through all layers.")
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM file of a certificate: TLS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
     tls_client_ca: Annotated[

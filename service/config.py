@@ -83,6 +83,9 @@ class ServeConfig(BaseSettings):
     max_queued_bytes: ByteSize = Field(
         ByteSize(256 << 20), ge=1 << 20, description="Bytes of those steps' requests at a time."
     )
+    max_queue_time: PositiveFloat = Field(
+        30.0, le=3600, description="Seconds that a step may wait before it is refused."
+    )
     max_in_flight: PositiveInt = Field(
         64, description="Steps in flight on one Attend stream; beyond it the stream is not read."
     )
@@ -95,6 +98,12 @@ class ServeConfig(BaseSettings):
     )
     max_ttl: PositiveFloat = Field(86400.0, le=10 * 365 * 86400, description="Longest time to live in seconds.")
     grace: float = Field(10.0, ge=0, description="Seconds that running calls have to finish when the server stops.")
+    quota_sessions: PositiveInt | None = Field(None, description="Sessions of one caller at a time.")
+    quota_kv_memory: ByteSize | None = Field(None, description="Keys and values of one caller.")
+    quota_tokens_per_second: PositiveFloat | None = Field(
+        None,
+        description="Tokens of one caller a second, in the long run; one that goes through all layers counts once.",
+    )
     tls_cert: Path | None = Field(
         None, description="PEM file of the server's certificate (and those up to its root): TLS on all TCP addresses."
     )

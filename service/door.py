@@ -39,7 +39,7 @@ class Door:
 
     Args:
         authenticator: Says who makes a call.
-        principals: Who has called so far.
+        principals: The callers, and what each may have.
         max_calls: Calls at a time, streams included.
         metrics: Where calls that fail are counted.
     """

@@ -1,7 +1,8 @@
 """The one thread that owns the device: it takes the steps that wait, and computes them, several at once where it can.
 
 Steps of one session are computed in the order in which they came. Steps of different sessions that are alike (same
-layer, same number of tokens, same heads) and small are computed together in one launch.
+layer, same number of tokens, same heads) and small are computed together in one launch. Where there are several
+callers, they take turns.
 
 Only a session that has the service to itself is served without the thread: while nothing waits or runs there, the event
 loop takes its short steps at once.
@@ -27,9 +28,12 @@ import numbaflash
 from numbaflash import RingKVCache
 
 from .errors import BadTensorError, ExhaustedError, PositionMismatchError, QueueFullError, ServiceError
+from .limits import Limit
 from .metrics import Metrics
+from .principals import Principal
 from .replay import Answer, Answers
 from .sessions import Session
+from .turns import Turns
 from .validation import StepForm
 
 log = logging.getLogger(__name__)
@@ -37,6 +41,9 @@ log = logging.getLogger(__name__)
 _ALIGNMENT: Final = 64
 # Keys and values that a core reads in less time than it takes another thread to wake up twice, some 100 us.
 _BRIEF_BYTES: Final = 2 << 20
+# What a caller is told to wait when the queue is full, at least and at most, in seconds.
+_SHORTEST_RETRY: Final = 0.02
+_LONGEST_RETRY: Final = 5.0
 T = TypeVar("T")
 
 
@@ -88,6 +95,21 @@ class Step:
         return self.session.cache
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class _Errand:
+    run: Callable[[], None]
+    owner: Principal | None
+
+
+_Work: TypeAlias = Step | _Errand | None  # the last of which ends the thread
+
+
+def _owner(work: _Work) -> Principal | None:
+    if work is None:
+        return None
+    return work.session.owner if isinstance(work, Step) else work.owner
+
+
 class Engine:
     """Queue and thread. All public methods are the event loop's.
 
@@ -98,6 +120,8 @@ class Engine:
         max_batch: Steps computed together at most.
         batch_wait: Seconds that a small step waits for others like it.
         small: Steps of fewer tokens than this are computed together.
+        max_wait: Seconds that a step may wait.
+        shared: Whether there can be several callers.
         metrics: Where they are counted.
     """
 
@@ -110,24 +134,37 @@ class Engine:
         max_batch: int,
         batch_wait: float,
         small: int,
+        max_wait: float,
+        shared: bool,
         metrics: Metrics,
     ) -> None:
         self._answers = answers
-        self._max_steps = max_steps
-        self._max_bytes = max_bytes
+        self._steps = Limit(max_steps, "steps are waiting", shared=shared)
+        self._bytes = Limit(max_bytes, "bytes of steps are waiting", shared=shared)
+        self._turns: Turns[_Work] | None = Turns(_owner) if shared else None
+        self._max_wait_ns = int(max_wait * 1e9)
+        self._last_wait = 0.0  # of a step that was computed, in seconds
         self._max_batch = max_batch
         self._batch_wait = batch_wait
         self._small = small
         self._metrics = metrics
-        self.steps = 0  # waiting or running
-        self.nbytes = 0
         self._calls = 0  # functions waiting or running
         self._last_session = ""
-        self._inbox: queue.SimpleQueue[Step | Callable[[], None] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Work] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._scratch = _Scratch()
         self._thread = threading.Thread(target=self._run, name="numbaflash-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def steps(self) -> int:
+        """Steps that wait or run."""
+        return self._steps.used
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of those."""
+        return self._bytes.used
 
     def submit(self, step: Step, writer: object) -> None:
         """Queue a step of a call or stream; `step.settle` gets what comes of it.
@@ -141,17 +178,18 @@ class Engine:
 
     def admit(self, step: Step, writer: object) -> None:
         """Count a step in, as `submit`; `start` or `refuse` must follow, at once or later."""
-        if self.steps >= self._max_steps:
-            raise QueueFullError(f"{self.steps} steps are waiting, the most that may", retry_after=0.05)
-        if self.nbytes and self.nbytes + len(step.payload) > self._max_bytes:
-            raise QueueFullError(f"steps of {self.nbytes} bytes are waiting, the most that may", retry_after=0.05)
+        owner, nbytes = step.session.owner, len(step.payload)
+        # As long as steps have had to wait lately, there will be room again.
+        retry_after = min(_LONGEST_RETRY, max(_SHORTEST_RETRY, self._last_wait))
+        self._steps.check(owner, 1, retry_after)
+        self._bytes.check(owner, nbytes, retry_after)
         step.session.begin_step(writer)
-        self.steps += 1
-        self.nbytes += len(step.payload)
+        self._steps.take(owner, 1)
+        self._bytes.take(owner, nbytes)
 
     def start(self, step: Step) -> None:
         """Queue a step that is counted in."""
-        lone = self.steps == 1 and not self._calls and step.session.id == self._last_session
+        lone = self._steps.used == 1 and not self._calls and step.session.id == self._last_session
         self._last_session = step.session.id
         if lone and self._is_brief(step):
             self._deliver(self._compute([step]))
@@ -162,8 +200,13 @@ class Engine:
         """Answer a step that is counted in, and was not started."""
         self._deliver([(step, error)])
 
-    async def call(self, function: Callable[[], T]) -> T:
-        """Run a function on the engine's thread, after the steps that wait, and return what it returns."""
+    async def call(self, function: Callable[[], T], owner: Principal | None = None) -> T:
+        """Run a function on the engine's thread and return what it returns.
+
+        Args:
+            function: What to run.
+            owner: Whose it is: it waits for that caller's steps alone. None: for all.
+        """
         done: asyncio.Future[T] = self._loop.create_future()
 
         def run() -> None:
@@ -175,7 +218,7 @@ class Engine:
                 self._loop.call_soon_threadsafe(self._resolve_call, done, result)
 
         self._calls += 1
-        self._inbox.put(run)
+        self._inbox.put(_Errand(run, owner))
         return await done
 
     async def stop(self) -> None:
@@ -186,19 +229,24 @@ class Engine:
     # -- the engine's thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        waiting: deque[Step | Callable[[], None] | None] = deque()
+        waiting: deque[_Work] = deque()
         while True:
             self._receive(waiting)
+            if self._turns:
+                self._turns.arrange(waiting)
             first = waiting.popleft()
             if first is None:
                 return
-            if not isinstance(first, Step):
-                first()
+            if isinstance(first, _Errand):
+                first.run()
                 continue
             batch = self._batch(first, waiting)
+            started = time.perf_counter()
             self._loop.call_soon_threadsafe(self._deliver, self._compute(batch))
+            if self._turns:
+                self._turns.charge(batch, (time.perf_counter() - started) / len(batch))
 
-    def _receive(self, waiting: deque[Step | Callable[[], None] | None]) -> None:
+    def _receive(self, waiting: deque[_Work]) -> None:
         """Move what has arrived to `waiting`, which then holds something at least."""
         if not waiting:
             waiting.append(self._inbox.get())
@@ -215,14 +263,14 @@ class Engine:
             except queue.Empty:
                 return
 
-    def _batch(self, first: Step, waiting: deque[Step | Callable[[], None] | None]) -> list[Step]:
+    def _batch(self, first: Step, waiting: deque[_Work]) -> list[Step]:
         """Take out of `waiting` what can be computed together with `first`."""
         batch = [first]
         kind = self._kind(first)
         if kind is None or not waiting:
             return batch
         passed = {first.session.id}  # no step overtakes an earlier one of its session
-        left: deque[Step | Callable[[], None] | None] = deque()
+        left: deque[_Work] = deque()
         while waiting and len(batch) < self._max_batch:
             step = waiting.popleft()
             if not isinstance(step, Step):  # nor a call, which may end a session
@@ -288,6 +336,10 @@ class Engine:
             raise step.session.lost()
         if step.deadline is not None and time.monotonic() >= step.deadline:
             raise ServiceError("the deadline passed while the step waited", code=grpc.StatusCode.DEADLINE_EXCEEDED)
+        if (waited_ns := time.perf_counter_ns() - step.arrived_ns) > self._max_wait_ns:
+            raise QueueFullError(
+                f"the step waited {waited_ns / 1e9:.3g} s, longer than it may", retry_after=_LONGEST_RETRY
+            )
         length = step.cache.length(step.layer)
         if step.position == length:
             return None
@@ -321,6 +373,7 @@ class Engine:
             started = time.perf_counter_ns()
             outs = [method(step.layer, **tensors, **options)]
         kernel_ns = time.perf_counter_ns() - started
+        self._last_wait = (started - steps[0].arrived_ns) / 1e9
         self._metrics.launched(steps[0].form.tokens, [started - step.arrived_ns for step in steps], kernel_ns)
         return [
             (step, Done(self._keep(step, out), False, started - step.arrived_ns, kernel_ns, len(steps)))
@@ -359,8 +412,8 @@ class Engine:
 
     def _deliver(self, outcomes: list[tuple[Step, Outcome]]) -> None:
         for step, outcome in outcomes:
-            self.steps -= 1
-            self.nbytes -= len(step.payload)
+            self._steps.give_back(step.session.owner, 1)
+            self._bytes.give_back(step.session.owner, len(step.payload))
             step.session.end_step()
             step.settle(outcome)
 

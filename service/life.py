@@ -81,7 +81,7 @@ class LifeMethods:
         async def run() -> _Made:
             async with self._memory.hold(session, call) as cache:
                 child = await self._enter(
-                    call.principal, session.shape, session.ttl, lambda: self._engine.call(cache.fork)
+                    call.principal, session.shape, session.ttl, lambda: self._engine.call(cache.fork, call.principal)
                 )
                 return child, describe_state(child)
 
@@ -107,7 +107,7 @@ class LifeMethods:
                     self._answers.forget_session(session.id, session.shape.num_layers)
 
                 try:
-                    await self._engine.call(truncate)
+                    await self._engine.call(truncate, call.principal)
                 except ValueError as error:
                     raise BadTensorError("length", str(error)) from None
                 session.epoch += 1

@@ -40,7 +40,7 @@ from .life import Fill, LifeMethods
 from .memory import Memory, Thresholds
 from .metrics import Gauges, Metrics
 from .observe import Observer
-from .principals import Principal, Principals
+from .principals import Principal, Principals, Quota, TokenBucket
 from .replay import Answers
 from .replies import encode_answer
 from .sessions import Session, SessionTable, Shape
@@ -83,9 +83,17 @@ class AttentionServicer:
             max_batch=config.max_batch,
             batch_wait=config.batch_wait,
             small=MIN_PREFILL_TOKENS,
+            max_wait=config.max_queue_time,
+            shared=authenticator.asks,
             metrics=self.metrics,
         )
-        principals = Principals()
+        principals = Principals(
+            Quota(
+                sessions=config.quota_sessions,
+                kv_bytes=config.quota_kv_memory,
+                tokens_per_second=config.quota_tokens_per_second,
+            )
+        )
         self._door = Door(authenticator, principals, config.max_calls, self.metrics)
         self._memory = Memory(
             self._table,
@@ -267,7 +275,10 @@ class AttentionServicer:
             ttl = validation.time_to_live(request.ttl, self._config.max_ttl)
         scales = validation.channel_scales(request, shape)
         session = await self._enter(
-            call.principal, shape, ttl, lambda: self._engine.call(partial(shape.new_cache, self._backend, scales))
+            call.principal,
+            shape,
+            ttl,
+            lambda: self._engine.call(partial(shape.new_cache, self._backend, scales), call.principal),
         )
         response = pb.CreateSessionResponse(session_id=session.id, kv_bytes=session.kv_bytes)
         response.expires_at.FromNanoseconds(int(session.expires_at * 1e9))
@@ -276,6 +287,7 @@ class AttentionServicer:
     async def _enter(self, owner: Principal, shape: Shape, ttl: float, fill: Fill) -> Session:
         """Make a session: its bytes are reserved before `fill` makes its cache."""
         self._refuse_when_draining()
+        self._table.check(owner, shape)  # before anybody has to make room
         await self._memory.make_room(shape.kv_bytes)
         session = self._table.create(owner, shape, ttl)
         session.work = asyncio.current_task()
@@ -361,6 +373,9 @@ class AttentionServicer:
         validation.step_head(request, session.shape)
         form = validation.step_form(parts.form, len(parts.payload), session.shape)
         session.check_epoch(form.epoch, request.layer)
+        if (bucket := call.principal.bucket) is not None:
+            bucket.check()
+            settle = partial(_pay, bucket, form.tokens / session.shape.num_layers, settle)
         step = Step(
             session=session,
             layer=request.layer,
@@ -405,7 +420,7 @@ class AttentionServicer:
         async def free() -> None:
             while session.work:
                 await asyncio.wait([session.work])
-            await self._engine.call(let_go)
+            await self._engine.call(let_go, session.owner)
             self._table.release(session)
             await self._memory.forget(session)
 
@@ -413,6 +428,13 @@ class AttentionServicer:
         self._background.add(task)  # the loop itself holds tasks only weakly
         task.add_done_callback(self._background.discard)
         return task
+
+
+def _pay(bucket: TokenBucket, tokens: float, settle: Callable[[Outcome], None], outcome: Outcome) -> None:
+    """Take a step's tokens out of a caller's bucket, where it was computed, and settle it."""
+    if isinstance(outcome, Done) and not outcome.replayed:
+        bucket.take(tokens)
+    settle(outcome)
 
 
 def _describe(session: Session) -> pb.SessionInfo:

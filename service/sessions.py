@@ -40,6 +40,9 @@ _PAGE_OVERHEAD: Final = 512
 # And a session, however small: its entry here, its pool, a ring for each of a few layers.
 _SESSION_OVERHEAD: Final = 4096
 _MAX_TOMBSTONES: Final = 65536
+# What a caller that has its share is told to wait, at least and at most, in seconds.
+_SHORTEST_RETRY: Final = 0.1
+_LONGEST_RETRY: Final = 10.0
 
 
 @dataclass(frozen=True)
@@ -226,15 +229,24 @@ class SessionTable:
         """Return the sessions that a caller may see."""
         return [session for session in self._sessions.values() if session.owner is owner]
 
+    def check(self, owner: Principal, shape: Shape) -> None:
+        """See that a caller may have one session more, memory apart.
+
+        Raises:
+            QuotaError: There are as many sessions as may be, or the caller has its share.
+        """
+        if len(self._sessions) >= self._max_sessions:
+            raise QuotaError(f"there are {self._max_sessions} sessions, the most that may be", retry_after=1.0)
+        owner.check_session(shape.kv_bytes, self._soonest_end(owner))
+
     def create(self, owner: Principal, shape: Shape, ttl: float) -> Session:
         """Enter a new session of a caller's and reserve its bytes; the engine makes its cache.
 
         Raises:
             KVBudgetError: There are not so many bytes left.
-            QuotaError: There are as many sessions as may be.
+            QuotaError: As `check`.
         """
-        if len(self._sessions) >= self._max_sessions:
-            raise QuotaError(f"there are {self._max_sessions} sessions, the most that may be", retry_after=1.0)
+        self.check(owner, shape)
         session = Session(
             id=secrets.token_hex(16),
             owner=owner,
@@ -245,11 +257,12 @@ class SessionTable:
             expires=time.monotonic() + ttl,
         )
         self.reserve(session)
-        self._sessions[session.id] = session
+        self.adopt(session)
         return session
 
     def adopt(self, session: Session) -> None:
-        """Enter a session that an earlier process has left on disk."""
+        """Enter a session, such as one that an earlier process has left on disk."""
+        session.owner.enter_session(session.kv_bytes)
         self._sessions[session.id] = session
 
     def reserve(self, session: Session) -> None:
@@ -290,6 +303,7 @@ class SessionTable:
     def end(self, session: Session, why: Callable[[], SessionLostError]) -> None:
         """Take a session out of the table; its bytes stay reserved until `release`."""
         session.lost = why
+        session.owner.leave_session(session.kv_bytes)
         del self._sessions[session.id]
         self._tombstones[session.id] = session.owner, why
         if len(self._tombstones) > _MAX_TOMBSTONES:
@@ -313,6 +327,11 @@ class SessionTable:
             why = f"the session was idle for its time to live, {session.ttl:g} s; it ended at {now_text()}"
             self.end(session, partial(SessionExpiredError, why))
         return idle
+
+    def _soonest_end(self, owner: Principal) -> float:
+        """Return in how many seconds one of a caller's sessions may have ended; it may close one before, too."""
+        ends = (session.expires for session in self.owned_by(owner))
+        return min(_LONGEST_RETRY, max(_SHORTEST_RETRY, min(ends, default=0.0) - time.monotonic()))
 
 
 def now_text() -> str:
