@@ -12,7 +12,6 @@ from numbaflash.cuda.build import build, disassemble
 from numbaflash.cuda.device import EmulatedDevice
 from numbaflash.cuda.flash_v2 import FlashV2
 from numbaflash.cuda.sass import parse
-from numbaflash.cuda.shapes import tile_shape
 from numbaflash.cuda.solve import Queue, solve
 from numbaflash.emulator import Report
 from numbaflash.problem import describe
@@ -21,16 +20,9 @@ from numbaflash.reference import visible
 AMPERE = (8, 0)
 
 
-def flash_of(variant, cc=AMPERE):
-    shape = tile_shape(
-        variant.head_dim, variant.value_dim, cc, scored=variant.scoring.in_log2_units, biased=bool(variant.scoring.bias)
-    )
-    return FlashV2(variant, shape)
-
-
 @cache
 def machine_code(variant, cc=AMPERE):
-    return parse(disassemble(build(flash_of(variant, cc), cc).cubin))
+    return parse(disassemble(build(FlashV2.of(variant, cc), cc).cubin))
 
 
 @cache
@@ -107,10 +99,15 @@ def straightforward(q, k, v, **options):
 
 
 def assert_as_good_as_straightforward(q, k, v, *, algorithm="v2", **options):
-    """The kernel's largest error is at most twice that of `straightforward`, both against float64."""
+    """The kernel's largest error is at most twice that of `straightforward`, both against float64.
+
+    And a last place of float32: of a single key the straightforward result is exact, while V in two TF32 numbers has 23
+    of its 24 bits. (Rounding to 16 bits hides as much.)
+    """
     out, lse, _ = solved(q, k, v, algorithm=algorithm, **options)
     want, want_lse = expected(q, k, v, **options)
     plain = straightforward(q, k, v, **options).astype(np.float64)
     error, allowed = (np.abs(x - want).max(initial=0) for x in (out.astype(np.float64), plain))
-    assert error <= 2 * allowed, f"error {error}, straightforward {allowed}"
+    last_place = np.spacing(np.float32(np.abs(want).max(initial=0)))
+    assert error <= 2 * allowed + last_place, f"error {error}, straightforward {allowed}"
     np.testing.assert_allclose(lse, want_lse, rtol=2e-5, atol=2e-5)

@@ -1,6 +1,7 @@
 """What follows the last key: sums over a row's lanes, the sink, the log-sum-exp, and O's way to global memory.
 
-O leaves through shared memory, so that each lane stores 16 successive bytes and a row's sectors are written whole.
+A 16-bit O leaves through shared memory, so that each lane stores 16 successive bytes and a row's sectors are written
+whole.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .ptx import B32, B64, F32, constant, device_intrinsic
 from .softmax import LN_2
 from .tile import CHUNK, Registers, RowCopy, Rows, SharedTile, row_offset, step
 
-__all__ = ["finish_rows", "stage_output", "store_rows"]
+__all__ = ["finish_rows", "stage_output", "store_fragments", "store_rows"]
 
 
 def finish_rows(warp: WarpTile, *, sinks: bool, lse: bool) -> Any:
@@ -73,6 +74,26 @@ def stage_output(warp: WarpTile, tile: SharedTile) -> Any:
                 ptx.store_shared_b32.emit(builder, address, pair, offset)
 
     return device_intrinsic(emit, [B32.numba, None], types.void)
+
+
+def store_fragments(warp: WarpTile, columns: int) -> Any:
+    """Return a device function that stores a float32 O as it is: the 8 bytes of a row's four lanes are a whole sector.
+
+    Its arguments: the address of the lane's first element in global memory, bytes between two rows there, O, and how
+    many rows there are from the lane's first one on.
+    """
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> None:
+        target, row_bytes, array, rows_left = values
+        out = Registers(context, builder, signature.args[2], array)
+        for row in range(warp.rows):
+            exists = builder.zext(builder.icmp_signed(">", rows_left, constant(B32, row_offset(row))), B32.llvm)
+            address = builder.add(target, builder.mul(row_bytes, constant(B64, row_offset(row))))
+            for tile in range(columns // 8):
+                pair = (out[warp.output(row, 2 * tile + i)] for i in range(2))
+                ptx.store_global_2f32_if.emit(builder, exists, address, *pair, 32 * tile)
+
+    return device_intrinsic(emit, [B64.numba, B64.numba, None, B32.numba], types.void)
 
 
 def store_rows(tile: SharedTile, threads: int) -> Any:

@@ -21,10 +21,10 @@ from numba.cuda import types
 
 from numbaflash.problem import AttentionProblem
 
-from . import epilogue, products, ptx, scoring, softmax
+from . import epilogue, float32_products, products, ptx, scoring, softmax
 from .arguments import PARAMETERS, Arrays, arguments
 from .products import WarpTile
-from .shapes import TileShape
+from .shapes import TileShape, tile_shape
 from .softmax import LOG2_E, NOTHING_SEEN
 from .tile import CHUNK, RowCopy, Rows, SharedTile, at_chunk
 from .variant import Variant
@@ -76,6 +76,19 @@ class FlashV2:
     variant: Variant
     shape: TileShape
 
+    @classmethod
+    def of(cls, variant: Variant, cc: tuple[int, int]) -> FlashV2:
+        """Return the kernel for a compute capability, in the shape that `shapes` has for it."""
+        shape = tile_shape(
+            variant.head_dim,
+            variant.value_dim,
+            cc,
+            float32=variant.dtype == "float32",
+            scored=variant.scoring.in_log2_units,
+            biased=bool(variant.scoring.bias),
+        )
+        return cls(variant, shape)
+
     @property
     def threads(self) -> int:
         """Threads of a block."""
@@ -86,30 +99,35 @@ class FlashV2:
         """Blocks per multiprocessor that registers must suffice for."""
         return self.shape.blocks
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the arrays."""
+        return 4 if self.variant.dtype == "float32" else 2
+
     @cached_property
     def q_tile(self) -> SharedTile:
         """Q's tile in shared memory."""
-        return SharedTile(0, self.shape.queries, self.variant.head_dim, 2)
+        return SharedTile(0, self.shape.queries, self.variant.head_dim, self.itemsize)
 
     @cached_property
     def k_tile(self) -> SharedTile:
         """K's tile in shared memory."""
-        return SharedTile(self.q_tile.end, self.shape.keys, self.variant.head_dim, 2)
+        return SharedTile(self.q_tile.end, self.shape.keys, self.variant.head_dim, self.itemsize)
 
     @cached_property
     def v_tile(self) -> SharedTile:
         """V's tile in shared memory."""
-        return SharedTile(self.k_tile.end, self.shape.keys, self.variant.value_dim, 2)
+        return SharedTile(self.k_tile.end, self.shape.keys, self.variant.value_dim, self.itemsize)
 
     @cached_property
     def out_tile(self) -> SharedTile:
         """O's tile in shared memory, where the others were."""
-        return SharedTile(0, self.shape.queries, self.variant.value_dim, 2)
+        return SharedTile(0, self.shape.queries, self.variant.value_dim, self.itemsize)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        return max(self.v_tile.end, self.out_tile.end)
+        return self.v_tile.end if self.itemsize == 4 else max(self.v_tile.end, self.out_tile.end)
 
     @property
     def signature(self) -> Any:
@@ -141,6 +159,8 @@ class FlashV2:
         """Return the kernel, for Numba to compile with `signature`."""
         variant, shape, threads = self.variant, self.shape, self.threads
         score = variant.scoring
+        FLOAT32 = variant.dtype == "float32"
+        multiply = float32_products if FLOAT32 else products
         warp = WarpTile(
             row_tiles=shape.queries // (16 * shape.warps),
             keys=shape.keys,
@@ -166,8 +186,6 @@ class FlashV2:
         Q_chunk, K_chunk, V_chunk, O_chunk = at_chunk(Q_tile), at_chunk(K_tile), at_chunk(V_tile), at_chunk(O_tile)
         copy_Q, copy_K = Q_copy.function(), K_copy.function()
         finish_rows = epilogue.finish_rows(warp, sinks=SINKS, lse=LSE)
-        stage_output = epilogue.stage_output(warp, O_tile)
-        store_rows = epilogue.store_rows(O_tile, threads)
 
         @cuda.jit(device=True, inline="always")  # a call would make Numba ask for a GPU
         def position_in_grid():
@@ -182,18 +200,49 @@ class FlashV2:
             thread = ptx.thread_x()
             return tile * Br + (thread >> 5) * WARP_ROWS + ((thread & 31) >> 2), 2 * (thread & 3)
 
+        @cuda.jit(device=True, inline="always")
+        def value_fragment(shared, lane):
+            """The lane's address in V's tile, as `add_weighted_values` wants it."""
+            if FLOAT32:
+                return V_chunk(shared, 2 * (lane & 3), lane >> 4) + 4 * ((lane >> 2) & 3)
+            return V_chunk(shared, lane & 15, lane >> 4)
+
+        if FLOAT32:
+            store_fragments = epilogue.store_fragments(warp, variant.value_dim)
+
+            @cuda.jit(device=True, inline="always")
+            def write_output(shared, O, out, out_row, tile_row, q_tokens):  # noqa: ARG001, E741
+                row, column = first_element()
+                store_fragments(out + row * out_row + column * 4, out_row, O, q_tokens - row)
+                ptx.cp_async_wait()
+        else:
+            stage_output = epilogue.stage_output(warp, O_tile)
+            store_rows = epilogue.store_rows(O_tile, threads)
+
+            @cuda.jit(device=True, inline="always")
+            def write_output(shared, O, out, out_row, tile_row, q_tokens):  # noqa: E741
+                ptx.cp_async_wait()
+                cuda.syncthreads()  # nobody reads or writes the tiles: O may have their place
+                row, column = first_element()
+                stage_output(O_chunk(shared, row - tile_row, 0) + 2 * column, O)
+                cuda.syncthreads()
+                thread = ptx.thread_x()
+                O_row, O_column = thread // O_LANES, thread % O_LANES
+                O_to = out + (tile_row + O_row) * out_row + O_column * CHUNK
+                store_rows(O_chunk(shared, O_row, O_column), O_to, out_row, O_column, q_tokens - tile_row - O_row)
+
         def visit(masked: bool) -> Any:
             """Return the visit of one K/V block: the body of the algorithm's inner loop."""
             find_maxima = not masked and not SCORED
             fetch_V = RowCopy(V_tile, threads, Rows.SOME if masked else Rows.ALL)
             fetch_K = RowCopy(K_tile, threads, Rows.ALL_OR_NONE)
-            score_keys = products.score_keys(warp, Q_tile, K_tile, fetch_V, find_maxima=find_maxima)
+            score_keys = multiply.score_keys(warp, Q_tile, K_tile, fetch_V, find_maxima=find_maxima)
             score_pairs = scoring.score_pairs(warp, score, masked=masked)
             mask_scores = scoring.mask_scores(warp, score)
             lane_maxima, outgrown, raise_maxima = (
                 make(warp) for make in (softmax.lane_maxima, softmax.outgrown, softmax.raise_maxima)
             )
-            add_weighted_values = products.add_weighted_values(warp, V_tile, fetch_K)
+            add_weighted_values = multiply.add_weighted_values(warp, V_tile, fetch_K)
             MASKED, FIND_MAXIMA = masked, find_maxima
 
             @cuda.jit(device=True, inline="always")  # a call would make Numba ask for a GPU
@@ -288,7 +337,7 @@ class FlashV2:
             at = Place(
                 Q=Q_chunk(shared, warp_row + (lane & 15), lane >> 4),
                 K=K_chunk(shared, (lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1),
-                V=V_chunk(shared, lane & 15, lane >> 4),
+                V=value_fragment(shared, lane),
                 K_to=K_to,
                 V_to=V_to,
                 K_chunk=int32(K_column),
@@ -321,17 +370,10 @@ class FlashV2:
                     K_next, V_next = visit_whole(at, rule, S, O, m, l, top, K_next, V_next, left)
                 masked_until = whole_until = int32(0)  # what is left lies across the window's left edge
 
-            ptx.cp_async_wait()
-            cuda.syncthreads()  # nobody reads or writes the tiles: O may have their place
             tile, head, batch = position_in_grid()
-            row, column = first_element()
+            row, _ = first_element()
             sink = float32(ptx.load_global_f32(sinks + 4 * head) * LOG2) if SINKS else float32(0)
             finish_rows(m, l, O, sink, lse + 4 * ((batch * q_heads + head) * int64(q_tokens) + row), q_tokens - row)
-            stage_output(O_chunk(shared, row - tile * Br, 0) + 2 * column, O)
-            cuda.syncthreads()
-            thread, tile_row = ptx.thread_x(), tile * Br
-            O_row, O_column = thread // O_LANES, thread % O_LANES
-            O_to = out + batch * out_batch + head * out_head + (tile_row + O_row) * out_row + O_column * CHUNK
-            store_rows(O_chunk(shared, O_row, O_column), O_to, out_row, O_column, q_tokens - tile_row - O_row)
+            write_output(shared, O, out + batch * out_batch + head * out_head, out_row, tile * Br, q_tokens)
 
         return flash_v2

@@ -58,10 +58,10 @@ __all__ = [
     "pack_bf16",
     "pack_f16",
     "reciprocal",
-    "round_to_tf32",
     "shared_memory",
     "shuffle_xor",
     "store_global_2f32",
+    "store_global_2f32_if",
     "store_global_b16",
     "store_global_b32",
     "store_global_f32",
@@ -276,6 +276,11 @@ def move_16_if(condition: B32, shared: B32, global_: B64, shared_offset: Immedia
     """Move 16 bytes from shared to global memory where `condition` is not 0; both addresses 16-byte aligned."""
 
 
+@_instruction("{ .reg .pred p; setp.ne.b32 p, $0, 0; @p st.global.v2.f32 [$1+<offset>], {$2, $3}; }", touches="memory")
+def store_global_2f32_if(condition: B32, address: B64, x: F32, y: F32, offset: Immediate) -> None:
+    """Store two floats where `condition` is not 0; 8-byte aligned."""
+
+
 @_instruction("{ .reg .pred p; setp.ne.b32 p, $0, 0; @p st.global.f32 [$1], $2; }", touches="memory")
 def store_global_f32_if(condition: B32, address: B64, value: F32) -> None:
     """Store a float where `condition` is not 0; 4-byte aligned."""
@@ -378,11 +383,6 @@ def pack_f16(low: F32, high: F32) -> B32:
 @_instruction("cvt.rn.bf16x2.f32 $0, $2, $1;")
 def pack_bf16(low: F32, high: F32) -> B32:
     """Round two floats to bfloat16, the first into the low half."""
-
-
-@_instruction("cvt.rna.tf32.f32 $0, $1;")
-def round_to_tf32(x: F32) -> B32:
-    """Round to the 10 bits of mantissa of TF32, ties away from zero."""
 
 
 @_instruction("cvt.f32.f16 $0, $1;")

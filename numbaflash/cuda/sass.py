@@ -134,12 +134,13 @@ def fast_path(loop: Sequence[Instruction]) -> list[Instruction]:
 def pipe_of(opcode: str) -> tuple[str, int]:
     """Return the pipe that an instruction uses and for how many cycles: tensor, fma, alu, mufu, smem or misc.
 
-    HMMA.16816 takes 8 cycles (256 multiply-adds per cycle), FP32 and integers 2 (16 lanes), the special functions 8
-    (4 lanes); the shared-memory pipe serves four sub-partitions, so its 4 wavefronts of an LDSM.x4 take 16.
+    HMMA.16816 takes 8 cycles (256 multiply-adds per cycle; in TF32, half of that, 8 for its 1688), FP32 and
+    integers 2 (16 lanes), the special functions 8 (4 lanes); the shared-memory pipe serves four sub-partitions: its 4
+    wavefronts of an LDSM.x4 take 16.
     """
     name, *modifiers = opcode.split(".")
     if name == "HMMA":
-        return "tensor", 8 if "16816" in modifiers else 4
+        return "tensor", 8 if {"16816", "TF32"} & set(modifiers) else 4
     if name in _FMA:
         return "fma", 1 if name.startswith("H") else 2
     if name == "MUFU":

@@ -89,6 +89,7 @@ def score_pairs(warp: WarpTile, scoring: Scoring, *, masked: bool) -> Any:
         scores = Registers(context, builder, signature.args[0], values[0])
         scale, cap, slope, distance, bias, bias_row, bias_key, rows, keys = values[1:]
         last_key = builder.sub(keys, constant(B32, 1))
+        minus_slope = builder.fsub(constant(F32, -0.0), slope)
         for row in range(warp.rows):
             if scoring.bias:
                 # Rows that do not exist read the first one's bias: nobody reads their scores.
@@ -103,7 +104,7 @@ def score_pairs(warp: WarpTile, scoring: Scoring, *, masked: bool) -> Any:
                 score = _capped(builder, score, scale, cap) if scoring.softcap else builder.fmul(score, scale)
                 if scoring.alibi:
                     away = builder.fsub(position, constant(F32, float(column_offset(column))))
-                    score = builder.fsub(score, builder.fmul(slope, ptx.absolute.emit(builder, away)))
+                    score = builder.fma(minus_slope, ptx.absolute.emit(builder, away), score)
                 if scoring.bias:
                     key = constant(B32, column_offset(column))
                     if masked:

@@ -39,19 +39,28 @@ class TileShape:
 
 
 def tile_shape(
-    head_dim: int, value_dim: int, cc: tuple[int, int], *, scored: bool = False, biased: bool = False
+    head_dim: int,
+    value_dim: int,
+    cc: tuple[int, int],
+    *,
+    float32: bool = False,
+    scored: bool = False,
+    biased: bool = False,
 ) -> TileShape:
-    """Return the tile shape for 16-bit elements.
+    """Return the tile shape.
 
     Args:
         head_dim: Elements of a query and a key.
         value_dim: Elements of a value.
         cc: Compute capability; 8.6 and 8.9 have less shared memory than 8.0 and 9.0.
+        float32: Elements are float32, not of 16 bits.
         scored: A score is more than scale * q.k (`Scoring.in_log2_units`), which takes registers.
         biased: A bias is among it: loads under way take more of them.
     """
     widest = max(head_dim, value_dim)
     little = cc in ((8, 6), (8, 9))
+    if float32:
+        return _float32_shape(widest, little)
     if widest <= 64:
         # 128 keys: S and O take 192 registers, as at 128. With 64 keys the rescaling, the barriers and the loop weigh
         # twice as much. 48 KiB: two blocks fit everywhere. Model 0.81, causal 0.79; other orders of loads 0.72 to 0.80.
@@ -63,3 +72,24 @@ def tile_shape(
     # O alone would take more than 128 registers of 32 rows a warp: 16 rows, and 8 warps for as many queries. Model 0.70
     # at 192, 0.74 at 256. At 256, 128 KiB with 64 keys; 96 KiB with 32, which is what fits on 8.6 and 8.9.
     return TileShape(128, 32 if little else 64, 8, 1, k_ahead=2, v_ahead=2, copy_after=2)
+
+
+def _float32_shape(widest: int, little: bool) -> TileShape:
+    """Return the tile shape for float32: twice the bytes, fragments in two parts, and scores in two sums.
+
+    Each fragment of K and V is split anew by every warp (4 instructions an element), so rows a warp count even more
+    than for 16 bits. 32 keys: more make longer sums, which tensor cores truncate (`float32_products`).
+    """
+    if widest <= 64:
+        # 32 rows a warp. 48 KiB: two blocks fit everywhere. Model 0.89, every option 0.72; 16 rows 0.70, and 0.79 with
+        # 64 keys.
+        return TileShape(128, 32, 4, 2, k_ahead=2, v_ahead=2, copy_after=1)
+    if widest <= 128 or (widest <= 192 and not little):
+        # O leaves registers for 16 rows a warp. 96 KiB at 128, 144 at 192. Model 0.76 at both; two blocks of 64 queries
+        # 0.74 at 128.
+        return TileShape(128, 32, 8, 1, k_ahead=2, v_ahead=2, copy_after=1)
+    if little:
+        # Half the queries: 96 KiB at 192, model 0.54; at 256 as much with 16 keys, 0.42.
+        return TileShape(64, 32 if widest <= 192 else 16, 4, 1, k_ahead=2, v_ahead=2, copy_after=1)
+    # 160 KiB at 256, which 8.0 has just so. Model 0.69; 64 queries with 32 keys 0.54.
+    return TileShape(128, 16, 8, 1, k_ahead=2, v_ahead=2, copy_after=1)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numbaflash.device_arrays import DeviceArray, contiguous_strides
-from numbaflash.problem import BFLOAT16, FLOAT16, FLOAT32, AttentionProblem
+from numbaflash.problem import BFLOAT16, DTYPES, FLOAT16, FLOAT32, AttentionProblem
 
 from .arguments import Arrays, Strided
 from .build import Buildable, build
@@ -21,7 +21,6 @@ from .copy_rows import CopyRows
 from .device import Device, Dimensions, Stream
 from .flash_v1 import FlashV1
 from .flash_v2 import FlashV2
-from .shapes import tile_shape
 from .standard import Matrices, StandardScores, StandardSoftmax, StandardValues
 from .tile import CHUNK
 from .variant import Variant
@@ -137,15 +136,7 @@ def _flash_v1(queue: Queue, task: Task) -> None:
 
 
 def _flash_v2(queue: Queue, task: Task) -> None:
-    variant = Variant.of(task.problem, lse=task.lse)
-    shape = tile_shape(
-        variant.head_dim,
-        variant.value_dim,
-        queue.device.compute_capability,
-        scored=variant.scoring.in_log2_units,
-        biased=bool(variant.scoring.bias),
-    )
-    flash = FlashV2(variant, shape)
+    flash = FlashV2.of(Variant.of(task.problem, lse=task.lse), queue.device.compute_capability)
     queue.launch(flash, flash.grid(task.problem), flash.arguments(task.problem, task.arrays))
 
 
@@ -166,7 +157,7 @@ _HALVES = (FLOAT16, BFLOAT16)
 ALGORITHMS = {
     "standard": Solver(_HALVES, _standard),
     "v1": Solver(_HALVES, _flash_v1),
-    "v2": Solver(_HALVES, _flash_v2),
+    "v2": Solver(DTYPES, _flash_v2),
 }
 
 

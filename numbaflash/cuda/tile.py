@@ -43,8 +43,13 @@ class SharedTile:
 
     @property
     def pitch(self) -> int:
-        """Bytes from row to row: whole groups of 4 chunks, so that 4 or more lanes share a row when copying."""
-        return -(-self.columns * self.itemsize // (4 * CHUNK)) * 4 * CHUNK
+        """Bytes from one row to the next.
+
+        Whole groups of 4 chunks, so that 4 or more lanes share a row when copying; of 8 for 32-bit elements, whose
+        columns are read one by one (`float32_products`): then all of 8 successive rows lie in different banks.
+        """
+        group = 4 * CHUNK if self.itemsize == 2 else 8 * CHUNK
+        return -(-self.columns * self.itemsize // group) * group
 
     @property
     def nbytes(self) -> int:

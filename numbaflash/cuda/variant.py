@@ -21,7 +21,7 @@ class Variant:
     Attributes:
         head_dim: Elements of a query and a key, a multiple of 8 up to 256.
         value_dim: Elements of a value, likewise.
-        dtype: "float16" or "bfloat16".
+        dtype: "float16", "bfloat16" or "float32".
         scoring: What a score is, and which keys a query may see.
         sinks: Each head has a sink logit.
         lengths: Each batch entry has its own number of keys.

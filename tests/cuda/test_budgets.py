@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from flash import AMPERE, flash_of, machine_code
+from flash import AMPERE, machine_code
 
 from numbaflash.cuda.build import build
+from numbaflash.cuda.flash_v2 import FlashV2
 from numbaflash.cuda.issue_model import tensor_share
 from numbaflash.cuda.sass import fast_path, hot_loop, pipe_cycles, tensor_instructions
 from numbaflash.cuda.scoring import Scoring
-from numbaflash.cuda.shapes import tile_shape
 from numbaflash.cuda.variant import Variant
 
 CAUSAL = Scoring(right=True)
@@ -38,6 +38,21 @@ def test_the_issue_model_sees_the_tensor_cores_busy(head_dim, scoring):
 
 
 @pytest.mark.parametrize("scoring", [PLAIN, CAUSAL])
+def test_blocks_that_all_rows_see_whole_pay_for_no_option_and_no_mask(scoring):
+    loop = loop_of(128, scoring)
+    assert not any(instruction.name in ("LDG", "FSEL", "I2F") for instruction in loop)
+    # One comparison for the loop, one for whether there is a next block.
+    assert sum(instruction.name in ("ISETP", "UISETP") for instruction in loop) <= 2
+
+
+@pytest.mark.parametrize(("head_dim", "share"), [(64, 0.85), (128, 0.74)])
+def test_float32_on_tensor_cores_is_ahead_of_the_best_that_ffma_could_do(head_dim, share):
+    loop = hot_loop(machine_code(Variant(head_dim, head_dim, "float32", CAUSAL)))
+    # Of 156 / 3 TFLOP/s on an A100; all that it has of FFMA is 19.5, as much as a share of 0.375.
+    assert tensor_share(fast_path(loop), warps=2) >= share
+
+
+@pytest.mark.parametrize("scoring", [PLAIN, CAUSAL])
 def test_fragments_are_loaded_for_two_mmas_each(scoring):
     loop = loop_of(128, scoring)
     assert pipe_cycles(loop)["smem"] / tensor_instructions(loop) <= 5.25
@@ -47,7 +62,7 @@ def test_fragments_are_loaded_for_two_mmas_each(scoring):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_nothing_is_spilled(head_dim, scoring):
     variant = Variant(head_dim, head_dim, "bfloat16", scoring, sinks=True, lengths=True, lse=True)
-    assert build(flash_of(variant), AMPERE).usage.spill_bytes == 0
+    assert build(FlashV2.of(variant, AMPERE), AMPERE).usage.spill_bytes == 0
 
 
 OPTIONS = [
@@ -66,24 +81,24 @@ OPTIONS = [
 def test_the_usual_head_dims_spill_under_no_option(head_dim, scoring):
     for rest in ({}, {"sinks": True, "lengths": True, "lse": True}):
         variant = Variant(head_dim, head_dim, "bfloat16" if scoring.bias == "bfloat16" else "float16", scoring, **rest)
-        assert build(flash_of(variant), AMPERE).usage.spill_bytes == 0
+        assert build(FlashV2.of(variant, AMPERE), AMPERE).usage.spill_bytes == 0
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("cc", SHARED)
-def test_every_tile_fits_the_shared_memory_of_its_target(cc):
+def test_every_tile_fits_the_shared_memory_of_its_target(cc, dtype):
     for head_dim in range(8, 257, 8):
         for value_dim in {8, head_dim, 256}:
             for bias in ("", "float32"):
-                flash = flash_of(Variant(head_dim, value_dim, "float16", Scoring(bias=bias)), cc)
+                flash = FlashV2.of(Variant(head_dim, value_dim, dtype, Scoring(bias=bias)), cc)
                 assert flash.shared_bytes <= SHARED[cc] * 1024
-                blocks = tile_shape(head_dim, value_dim, cc, scored=bool(bias), biased=bool(bias)).blocks
                 # A kibibyte of each block is the system's.
-                assert blocks * (flash.shared_bytes + 1024) <= (SHARED[cc] + 1) * 1024
+                assert flash.blocks * (flash.shared_bytes + 1024) <= (SHARED[cc] + 1) * 1024
 
 
 @pytest.mark.parametrize("cc", SHARED)
 def test_every_target_is_built_without_a_gpu(cc):
-    built = build(flash_of(Variant(128, 128, "float16", CAUSAL), cc), cc)
+    built = build(FlashV2.of(Variant(128, 128, "float16", CAUSAL), cc), cc)
     assert f".target sm_{cc[0]}{cc[1]}" in built.ptx
     assert built.cubin[:4] == b"\x7fELF"
     assert built.usage.spill_bytes == 0

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import numpy as np
 import pytest
-from flash import assert_as_good_as_straightforward, attention
+from flash import AMPERE, assert_as_good_as_straightforward, attention
 from oracle import random_tokens
+
+from numbaflash.cuda.arguments import PARAMETERS
+from numbaflash.cuda.flash_v2 import FlashV2
+from numbaflash.cuda.variant import Variant
 
 
 def problem(
@@ -72,9 +77,16 @@ def test_an_option_means_what_the_oracle_says(name):
 
 
 @pytest.mark.parametrize("name", ["plain", "all"])
-def test_bfloat16_is_computed_as_such(name):
-    q, k, v = problem(dtype="bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_dtype_is_computed_as_such(dtype, name):
+    q, k, v = problem(dtype=dtype)
     assert_as_good_as_straightforward(q, k, v, **options_for(q, k)[name])
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(8, 8), (40, 40), (128, 128), (256, 64)])
+def test_float32_is_as_good_as_float32_at_any_head_dim(head_dim, value_dim):
+    q, k, v = problem(head_dim=head_dim, value_dim=value_dim, dtype="float32")
+    assert_as_good_as_straightforward(q, k, v, causal=True)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +109,7 @@ def test_query_heads_share_kv_heads_in_groups(q_heads, kv_heads):
 
 
 SHAPES = [(1, 1, 1, 1, 1), (1, 17, 129, 2, 1), (2, 150, 40, 2, 2), (1, 129, 300, 3, 1), (1, 260, 260, 1, 1)]
-DIMS = [(64, "float16"), (128, "bfloat16"), (72, "bfloat16")]
+DIMS = [(64, "float16"), (128, "bfloat16"), (72, "float32")]
 
 
 @pytest.mark.slow  # 240 launches on the emulator and 48 builds: two minutes
@@ -141,6 +153,30 @@ def test_a_bias_of_minus_infinity_hides_a_key_whatever_it_holds():
     assert np.isfinite(out).all()
 
 
+def test_arguments_are_named_in_the_kernels_own_order():
+    kernel = FlashV2.of(Variant(64, 64, "float16"), AMPERE).kernel()
+    assert list(inspect.signature(kernel).parameters) == list(PARAMETERS)
+
+
+@pytest.mark.parametrize(("q_tokens", "kv_tokens"), [(5, 0), (300, 1)])
+def test_a_row_without_keys_is_zero_and_its_sum_is_the_sinks_alone(q_tokens, kv_tokens):
+    q, k, v = problem(batch=2, q_tokens=q_tokens, kv_tokens=kv_tokens)
+    out, lse, _ = attention(q, k, v, causal=True)
+    empty = slice(0, q_tokens - kv_tokens)
+    assert not out[:, empty].any()
+    assert np.isneginf(lse[:, :, empty]).all()
+    sinks = np.float32([0.5, -3])
+    out, lse, _ = attention(q, k, v, causal=True, sink_logits=sinks)
+    assert not out[:, empty].any()
+    np.testing.assert_allclose(lse[:, :, empty], np.broadcast_to(sinks[:, None], lse[:, :, empty].shape), rtol=1e-6)
+
+
+def test_a_window_wider_than_any_integer_is_none():
+    q, k, v = problem()
+    out, _, _ = attention(q, k, v, window=(10**12, 2**40))
+    assert np.array_equal(out, attention(q, k, v)[0])
+
+
 def test_blocks_outside_the_window_are_not_visited():
     q, k, v = problem(q_tokens=128, kv_tokens=1024)
     _, _, full = attention(q, k, v)
@@ -149,9 +185,11 @@ def test_blocks_outside_the_window_are_not_visited():
     assert windowed.instructions["tensor"] * 4 == full.instructions["tensor"]
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
-def test_no_shared_access_loses_a_wavefront_and_every_sector_is_used_whole(head_dim):
-    q, k, v = problem(q_tokens=128, kv_tokens=256, head_dim=head_dim)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(64, "float16"), (96, "float16"), (128, "bfloat16"), (80, "float32"), (128, "float32")]
+)
+def test_no_shared_access_loses_a_wavefront_and_every_sector_is_used_whole(head_dim, dtype):
+    q, k, v = problem(q_tokens=128, kv_tokens=256, head_dim=head_dim, dtype=dtype)
     _, _, counts = attention(q, k, v)
     assert sum(access.conflicts for access in counts.shared) == 0
     assert counts.local_bytes == 0

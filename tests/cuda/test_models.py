@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from numbaflash.cuda.issue_model import tensor_share
-from numbaflash.cuda.sass import fast_path, hot_loop, parse, pipe_cycles, tensor_instructions
+from numbaflash.cuda.sass import fast_path, hot_loop, parse, pipe_cycles, pipe_of, tensor_instructions
 
 NO_BARRIER = 7
 
@@ -64,6 +64,14 @@ def test_the_fast_path_leaves_out_what_a_forward_branch_skips():
 def test_pipes_are_charged_by_the_rates_of_8_0():
     cycles = pipe_cycles(parse(LOOP))
     assert cycles == {"issue": 9, "tensor": 16, "smem": 16, "fma": 4, "alu": 2, "misc": 3}
+
+
+def test_an_mma_in_tf32_takes_twice_as_long_as_one_of_its_size_in_float16():
+    assert [pipe_of(f"HMMA.{kind}") for kind in ("16816.F32", "1688.F32", "1688.F32.TF32")] == [
+        ("tensor", 8),
+        ("tensor", 4),
+        ("tensor", 8),
+    ]
 
 
 def test_copies_stand_apart_from_fragments():
