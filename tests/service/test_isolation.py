@@ -18,15 +18,15 @@ from numbaflash_service.v1 import attention_pb2 as pb
 
 METHODS = pb.DESCRIPTOR.services_by_name["Attention"].methods_by_name
 OF_A_SESSION = [name for name, method in METHODS.items() if "session_id" in method.input_type.fields_by_name]
-OF_A_SESSION.remove("Snapshot")  # UNIMPLEMENTED
 
 
 @pytest.fixture(scope="module")
 def shared_server(start_module_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    file: Path = tmp_path_factory.mktemp("auth") / "tokens"
+    folder: Path = tmp_path_factory.mktemp("shared")
+    file = folder / "tokens"
     lines = (f"{name} sha256:{hashlib.sha256(name.encode()).hexdigest()}\n" for name in ("alice", "bob"))
     file.write_text("".join(lines))
-    return start_module_server(auth_tokens=file)
+    return start_module_server(auth_tokens=file, snapshot_dir=folder / "snapshots")
 
 
 @pytest.fixture
@@ -51,7 +51,8 @@ def refusal(stock: Any, name: str, request: Any) -> ServiceError:
 def request_for(name: str, session_id: str, step: pb.StepRequest) -> Any:
     if METHODS[name].input_type is pb.StepRequest.DESCRIPTOR:
         return step
-    return getattr(pb, METHODS[name].input_type.name)(session_id=session_id)
+    more = {"name": "name"} if name == "Snapshot" else {}
+    return getattr(pb, METHODS[name].input_type.name)(session_id=session_id, **more)
 
 
 @pytest.mark.parametrize("name", OF_A_SESSION)
@@ -102,6 +103,21 @@ def test_everybody_lists_their_own(alice: Any, bob: Any) -> None:
     made = alice.new_session(), bob.new_session()
     assert ids(alice) == before[0] | {made[0]}
     assert ids(bob) == before[1] | {made[1]}
+
+
+def test_snapshots_are_their_callers_own(alice: Any, bob: Any, qkv: Any, step_request: Any) -> None:
+    lengths = {}
+    for stock, tokens in ((alice, 5), (bob, 3)):  # one name, and nobody overwrites another's
+        session_id = stock.new_session(num_layers=1)
+        stock.Prefill(step_request(session_id, qkv(tokens)))
+        stock.Snapshot(pb.SnapshotRequest(session_id=session_id, name="one-name"))
+    for stock in (alice, bob):
+        lengths[stock] = stock.Restore(pb.RestoreRequest(name="one-name")).usable_tokens
+    assert lengths == {alice: 5, bob: 3}
+    alice.Snapshot(pb.SnapshotRequest(session_id=alice.new_session(), name="alices"))
+    of_alice, nobodys = (refusal(bob, "Restore", pb.RestoreRequest(name=name)) for name in ("alices", "nobodys"))
+    assert of_alice.code is grpc.StatusCode.NOT_FOUND
+    assert (type(of_alice), of_alice.args) == (type(nobodys), nobodys.args)
 
 
 def test_one_stream_serves_its_caller_alone(alice: Any, bob: Any, qkv: Any, step_request: Any) -> None:
