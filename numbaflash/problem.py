@@ -23,6 +23,7 @@ __all__ = [
     "DTYPES",
     "FLOAT16",
     "FLOAT32",
+    "MAX_FLOAT32",
     "MAX_HEAD_DIM",
     "AttentionProblem",
     "Scoring",
@@ -37,6 +38,7 @@ FLOAT16 = np.dtype(np.float16)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = (FLOAT32, FLOAT16, BFLOAT16)
 MAX_HEAD_DIM = 256
+MAX_FLOAT32 = float(np.finfo(np.float32).max)  # scores are computed in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,6 +269,6 @@ def _finite(name: str, value: object) -> float:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {number}")
+    if not abs(number) <= MAX_FLOAT32:  # nor is NaN
+        raise ValueError(f"{name} must be finite in float32, got {number}")
     return number

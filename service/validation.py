@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from numbaflash.cache.page_format import BITS
 from numbaflash.cache.quantizers import AWQQuantizer, quantizer_of
+from numbaflash.problem import MAX_FLOAT32
 
 from . import wire
 from .errors import BadTensorError
@@ -186,6 +187,9 @@ def step_form(form: bytes, payload_bytes: int, shape: Shape) -> StepForm:
     for name in arrays:
         _check_option(name, tensors[name], given.get("q"))
     numbers = _numbers(request.options)
+    for name in numbers:
+        if "q" not in given:
+            raise BadTensorError(f"options.{name}", "it is an option of q, and there is no q")
     stored = shape.dtype, shape.quantizer, shape.page_size if shape.quantizer else 0
     return StepForm(
         layout=layout,
@@ -235,12 +239,14 @@ def _check_option(name: str, tensor: _Tensor, q: _Tensor | None) -> None:
 def _numbers(options: pb.StepOptions) -> dict[str, float]:
     numbers = {}
     if options.HasField("scale"):
-        if not math.isfinite(options.scale):
-            raise BadTensorError("options.scale", f"got {options.scale}; takes finite numbers")
+        if not abs(options.scale) <= MAX_FLOAT32:  # nor is NaN
+            raise BadTensorError("options.scale", f"got {options.scale}; takes finite float32 numbers")
         numbers["scale"] = options.scale
     if options.softcap:
-        if not (math.isfinite(options.softcap) and options.softcap > 0):
-            raise BadTensorError("options.softcap", f"got {options.softcap}; takes 0 (none) or a positive number")
+        if not 0 < options.softcap <= MAX_FLOAT32:
+            raise BadTensorError(
+                "options.softcap", f"got {options.softcap}; takes 0 (none) or a positive float32 number"
+            )
         numbers["softcap"] = options.softcap
     return numbers
 

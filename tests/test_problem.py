@@ -42,7 +42,8 @@ def test_a_wrong_shape_is_named(shapes, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"scale": np.nan}, ValueError, "scale must be finite, got nan"),
+        ({"scale": np.nan}, ValueError, "scale must be finite in float32, got nan"),
+        ({"scale": -1e300}, ValueError, "scale must be finite in float32, got -1e\\+300"),
         ({"scale": "1"}, TypeError, "scale must be a number, got str"),
         ({"causal": 1}, TypeError, "causal must be a bool, got int"),
         ({"window": 3}, TypeError, r"window must be a pair \(left, right\) of ints or None, got 3"),
@@ -50,7 +51,7 @@ def test_a_wrong_shape_is_named(shapes, message):
         ({"window": (-1, 0)}, ValueError, "window's left side must be 0 or more, or None for unbounded, got -1"),
         ({"window": (None, 1.5)}, TypeError, "window's right side must be an int or None, got 1.5"),
         ({"softcap": -1.0}, ValueError, r"softcap must be 0 \(none\) or positive, got -1.0"),
-        ({"softcap": np.inf}, ValueError, "softcap must be finite, got inf"),
+        ({"softcap": np.inf}, ValueError, "softcap must be finite in float32, got inf"),
         (
             {"bias": np.zeros((2, 4, 5, 8), np.float32)},
             ValueError,

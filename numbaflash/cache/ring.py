@@ -534,10 +534,10 @@ def _release(layers: Sequence[LayerRing | QuantizedLayer]) -> None:
 
 
 def _stored(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Round to the storage dtype; what is too large for it becomes infinite, as IEEE 754 has it."""
+    """Round to the storage dtype; what is too large for it becomes infinite, as IEEE 754 has it, and NaN stays NaN."""
     if array.dtype == dtype:
         return np.ascontiguousarray(array)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return np.ascontiguousarray(array, dtype)
 
 

@@ -147,6 +147,8 @@ def test_a_zero_length_tensor_is_refused_by_field(stock: Any, step_request: Any,
         ({"request_id": "é" * 33}, "request_id"),
         ({"options": pb.StepOptions(scale=float("nan"))}, "options.scale"),
         ({"options": pb.StepOptions(scale=float("inf"))}, "options.scale"),
+        ({"options": pb.StepOptions(scale=1e300)}, "options.scale"),
+        ({"options": pb.StepOptions(softcap=1e300)}, "options.softcap"),
         ({"options": pb.StepOptions(softcap=-1)}, "options.softcap"),
         ({"options": pb.StepOptions(softcap=float("nan"))}, "options.softcap"),
         ({"payload": b""}, "tensors[0].offset"),
@@ -165,6 +167,19 @@ def test_a_step_with_a_bad_field_is_refused_by_name(
     assert isinstance(error, BadTensorError)
     assert error.field == field
     assert stock.Prefill(step_request(session_id, qkv(2))).position == 2
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+def test_a_number_that_is_an_option_of_queries_is_refused_without_them(
+    stock: Any, qkv: Any, step_request: Any, name: str
+) -> None:
+    session_id, arrays = stock.new_session(), qkv(2)
+    del arrays["q"]
+    request = step_request(session_id, arrays)
+    setattr(request.options, name, 0.5)
+    assert refusal(stock.Prefill, request).field == f"options.{name}"
+    request.ClearField("options")
+    assert stock.Prefill(request).position == 2
 
 
 def test_the_query_heads_that_a_session_was_made_for_are_kept_to(stock: Any, qkv: Any, step_request: Any) -> None:
