@@ -17,12 +17,11 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 import grpc
 
-from .errors import ServiceError, from_call
+from .errors import BusyError, DrainingError, ServiceError, from_call
 
 T = TypeVar("T")
 Metadata: TypeAlias = tuple[tuple[str, str], ...]
 
-_RETRYABLE: Final = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED})
 _WATCHDOG_SECONDS: Final = 0.05
 
 
@@ -30,8 +29,8 @@ _WATCHDOG_SECONDS: Final = 0.05
 class RetryPolicy:
     """When and how often a failed call is made again.
 
-    Calls are retried when the server is not reachable, drains or is busy with the same session, and when it pushes
-    back and says when to come again. Steps carry a request id, so a step is never taken twice.
+    Calls are made again where the server cannot be reached, drains or is busy with the same session, and where it has
+    no room and says when to come again. Anything else is final. Steps carry a request id, so none is taken twice.
 
     Attributes:
         attempts: Calls made at most, the first one included.
@@ -60,11 +59,19 @@ class RetryPolicy:
             except ServiceError as error:
                 delay = random.uniform(0, min(self.max_delay, self.first_delay * 2 ** (number - 1)))
                 delay += error.retry_after or 0.0
-                retryable = error.code in _RETRYABLE or error.retry_after is not None
-                if not retryable or number == self.attempts or time.monotonic() + delay >= until:
+                if not is_passing(error) or number == self.attempts or time.monotonic() + delay >= until:
                     raise
             time.sleep(delay)
         raise AssertionError("attempts is at least 1")
+
+
+def is_passing(error: ServiceError) -> bool:
+    """Say whether the same call may succeed a little later."""
+    if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return error.retry_after is not None
+    if error.reason is None:
+        return error.code is grpc.StatusCode.UNAVAILABLE  # the connection's word, not the server's
+    return isinstance(error, (BusyError, DrainingError))
 
 
 class Calls:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import numbaflash
 from numbaflash_service import Client
-from numbaflash_service.client import cut
+from numbaflash_service.client_session import cut
 
 SMALL = 64 << 10  # the least limit that can be configured
 
