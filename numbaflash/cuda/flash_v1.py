@@ -186,7 +186,7 @@ class FlashV1:
         store_rows = epilogue.store_rows(O_tile, threads)
 
         @cuda.jit(device=True, inline="always")  # a call would make Numba ask for a GPU
-        def read_state(state, tile, O, m, l):  # noqa: E741
+        def read_state(state, tile, O, m, l):
             row = int64(tile * Br)
             load_fragments(state.out + 4 * VALUE_DIM * row, int64(4 * VALUE_DIM), O)
             for r in range(ROWS):
@@ -194,7 +194,7 @@ class FlashV1:
                 l[r] = ptx.load_global_f32(state.row_sum + 4 * (row + 8 * r))
 
         @cuda.jit(device=True, inline="always")
-        def write_state(state, tile, O, m, l, leads):  # noqa: E741
+        def write_state(state, tile, O, m, l, leads):
             row = int64(tile * Br)
             store_fragments(state.out + 4 * VALUE_DIM * row, int64(4 * VALUE_DIM), O)
             for r in range(ROWS):
@@ -202,7 +202,7 @@ class FlashV1:
                 ptx.store_global_f32_if(leads, state.row_sum + 4 * (row + 8 * r), l[r])
 
         @cuda.jit(device=True, inline="always")
-        def share_among_lanes(l, leads):  # noqa: E741
+        def share_among_lanes(l, leads):
             """Turn the sum of a row, which all its lanes hold, into shares of it."""
             for r in range(ROWS):
                 l[r] = l[r] if leads else float32(0)
@@ -246,9 +246,9 @@ class FlashV1:
             )
 
             S = cuda.local.array(SCORES, float32)
-            O = cuda.local.array(OUTPUTS, float32)  # noqa: E741
+            O = cuda.local.array(OUTPUTS, float32)
             m = cuda.local.array(ROWS, float32)
-            l = cuda.local.array(ROWS, float32)  # noqa: E741
+            l = cuda.local.array(ROWS, float32)
             top = cuda.local.array(ROWS, float32)
             inverse = cuda.local.array(ROWS, float32)
             slope = float32(ptx.load_global_f32(slopes + 4 * (batch * q_heads + head)) * LOG2) if ALIBI else float32(0)

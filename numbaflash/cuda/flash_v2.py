@@ -211,7 +211,7 @@ class FlashV2:
             store_fragments = epilogue.store_fragments(warp, variant.value_dim)
 
             @cuda.jit(device=True, inline="always")
-            def write_output(shared, O, out, out_row, tile_row, q_tokens):  # noqa: ARG001, E741
+            def write_output(shared, O, out, out_row, tile_row, q_tokens):  # noqa: ARG001  it is called as the other one
                 row, column = first_element()
                 store_fragments(out + row * out_row + column * 4, out_row, O, q_tokens - row)
                 ptx.cp_async_wait()
@@ -220,7 +220,7 @@ class FlashV2:
             store_rows = epilogue.store_rows(O_tile, threads)
 
             @cuda.jit(device=True, inline="always")
-            def write_output(shared, O, out, out_row, tile_row, q_tokens):  # noqa: E741
+            def write_output(shared, O, out, out_row, tile_row, q_tokens):
                 ptx.cp_async_wait()
                 cuda.syncthreads()  # nobody reads or writes the tiles: O may have their place
                 row, column = first_element()
@@ -246,7 +246,7 @@ class FlashV2:
             MASKED, FIND_MAXIMA = masked, find_maxima
 
             @cuda.jit(device=True, inline="always")  # a call would make Numba ask for a GPU
-            def step(at, rule, S, O, m, l, top, K_next, V_next, left):  # noqa: E741
+            def step(at, rule, S, O, m, l, top, K_next, V_next, left):
                 ptx.cp_async_wait()
                 cuda.syncthreads()  # K is there, and nobody reads V
                 start = int32((rule.first_block + left) * Bc)
@@ -324,9 +324,9 @@ class FlashV2:
             K_next = copy_K(K_to, K_next, k_step, K_column, K_rows)
 
             S = cuda.local.array(SCORES, float32)
-            O = cuda.local.array(OUTPUTS, float32)  # noqa: E741
+            O = cuda.local.array(OUTPUTS, float32)
             m = cuda.local.array(ROWS, float32)
-            l = cuda.local.array(ROWS, float32)  # noqa: E741
+            l = cuda.local.array(ROWS, float32)
             top = cuda.local.array(ROWS, float32)
             for i in range(OUTPUTS):
                 O[i] = float32(0)

@@ -123,7 +123,7 @@ def device_intrinsic(emit: Callable[..., Any], arguments: list[Any], result: Any
 
         return signature, generate
 
-    # Numba binds calls by the signature; *given would arrive as one tuple.
+    # Numba binds calls by the signature; *given would arrive as one tuple. (mypy knows no such attribute of functions.)
     names = ["typing_context", *(f"a{i}" for i in range(len(arguments)))]
     typed.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]

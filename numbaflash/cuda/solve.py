@@ -204,7 +204,7 @@ def solve(
     scoring = problem.scoring
     Q, K, V = (queue.readable(queue.place(array)) for array in (q, k, v))
     padded = -(-problem.value_dim // 8) * 8
-    O = out if padded == problem.value_dim else queue.empty((*out.shape[:3], padded), out.dtype)  # noqa: E741
+    O = out if padded == problem.value_dim else queue.empty((*out.shape[:3], padded), out.dtype)
     bias = None if scoring.bias is None else queue.place(scoring.bias)
     ragged = problem.kv_lengths.astype(np.int32) if (problem.kv_lengths != problem.kv_tokens).any() else None
     lengths, slopes, sinks = (

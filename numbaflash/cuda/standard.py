@@ -350,7 +350,7 @@ class StandardValues(_Kernel):
             V_from = v + batch * v_batch + head // group * v_head + (KEYS - V_STEP + V_row) * v_row + V_column * CHUNK
             P_at, V_at = P_chunk(shared, warp_row + (lane & 15), lane >> 4), V_chunk(shared, lane & 15, lane >> 4)
 
-            O = cuda.local.array(OUTPUTS, float32)  # noqa: E741
+            O = cuda.local.array(OUTPUTS, float32)
             for i in range(OUTPUTS):
                 O[i] = float32(0)
             for first_key in range(0, kv_length, KEYS):
