@@ -4,7 +4,7 @@ Each operand is split in two TF32 numbers, x = big + small, and a b = big big + 
 CUTLASS. What is left out is 2^-22 of a product; TF32 alone would leave out 2^-11.
 
 Why not FFMA: an A100 has 19.5 TFLOP/s of it at the very most. A third of its TF32 is 52, of which the issue model sees
-0.69 to 0.89 reached (`shapes`): 36 TFLOP/s or more. By the data sheets a third of TF32 is 2.5 times FFMA's peak on an
+0.66 to 0.89 reached (`shapes`): 34 TFLOP/s or more. By the data sheets a third of TF32 is 2.5 times FFMA's peak on an
 H100, though mma.sync does not reach all of it there; on 8.6 and 8.9 it is from two thirds (A40) down to a third of it
 (GeForce), and FFMA might win. One kernel serves all.
 
