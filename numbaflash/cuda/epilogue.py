@@ -9,15 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
+from numba import cuda, int32
 from numba.cuda import types
 
 from . import ptx
 from .products import WarpTile
 from .ptx import B32, B64, F32, constant, device_intrinsic
 from .softmax import LN_2
-from .tile import CHUNK, Registers, RowCopy, Rows, SharedTile, row_offset, step
+from .tile import CHUNK, Registers, RowCopy, Rows, SharedTile, at_chunk, row_offset, step
 
-__all__ = ["finish_rows", "stage_output", "store_fragments", "store_rows"]
+__all__ = ["finish_rows", "stage_output", "store_fragments", "store_rows", "write_tile"]
 
 
 def finish_rows(warp: WarpTile, *, sinks: bool, lse: bool) -> Any:
@@ -121,3 +122,39 @@ def store_rows(tile: SharedTile, threads: int) -> Any:
             target = builder.add(target, row_step)
 
     return device_intrinsic(emit, [B32.numba, B64.numba, B64.numba, B32.numba, B32.numba], types.void)
+
+
+def write_tile(warp: WarpTile, tile: SharedTile, threads: int) -> Any:
+    """Return a device function that stores a block's tile of O in global memory, by way of `tile` if of 16 bits.
+
+    All threads of the block call it, when nobody reads or writes the place of `tile` any more.
+
+    Its arguments: the start of shared memory, O, the address of the tile's first row in global memory, bytes from row
+    to row there, and how many rows there are.
+    """
+    WARP_ROWS = 16 * warp.row_tiles
+    if tile.itemsize == 4:
+        store = store_fragments(warp, tile.columns)
+
+        @cuda.jit(device=True, inline="always")  # a call would make Numba ask for a GPU
+        def write(shared, O, target, row_bytes, rows):  # noqa: ARG001, E741
+            thread = ptx.thread_x()
+            row = (thread >> 5) * WARP_ROWS + ((thread & 31) >> 2)
+            store(target + row * row_bytes + 8 * (thread & 3), row_bytes, O, int32(rows - row))
+
+        return write
+    stage, store, chunk, LANES = (
+        stage_output(warp, tile), store_rows(tile, threads), at_chunk(tile), RowCopy(tile, threads, Rows.SOME).lanes
+    )  # fmt: skip
+
+    @cuda.jit(device=True, inline="always")
+    def write_staged(shared, O, target, row_bytes, rows):  # noqa: E741
+        thread = ptx.thread_x()
+        stage(chunk(shared, (thread >> 5) * WARP_ROWS + ((thread & 31) >> 2), 0) + 4 * (thread & 3), O)
+        cuda.syncthreads()
+        row, column = thread // LANES, thread % LANES
+        store(
+            chunk(shared, row, column), target + row * row_bytes + column * CHUNK, row_bytes, column, int32(rows - row)
+        )
+
+    return write_staged

@@ -25,7 +25,7 @@ from numba.cuda import types
 
 from numbaflash.problem import AttentionProblem
 
-from . import epilogue, fragments, products, ptx, scoring, softmax
+from . import epilogue, float32_products, fragments, products, ptx, scoring, softmax
 from .arguments import PARAMETERS, Arrays, arguments
 from .products import WarpTile
 from .shapes import TileShape
@@ -36,15 +36,20 @@ from .variant import Variant
 __all__ = ["FlashV1", "block_sizes"]
 
 
-def block_sizes(head_dim: int, value_dim: int, *, scored: bool = False) -> TileShape:
+def block_sizes(head_dim: int, value_dim: int, *, wide: bool = False, scored: bool = False) -> TileShape:
     """Return Bc (`keys`) and Br (`queries`) of line 1 of the algorithm, and how warps share them.
 
     The paper gives a quarter of fast memory to each of K, V, Q and O: the more keys a block has, the fewer times Q and
     O are read. Here O is in registers. K and V take 64 KiB, Q 8 to 32: two blocks fit on 8.0 and 9.0 up to a head dim
     of 128, one on 8.6 and 8.9 at any. S and O take 128 to 160 registers a thread with 16 rows a warp. With 32 they
     would spill, as they do with 256 keys where a score is more than scale * q.k (`scored`).
+    Float32 (`wide`) has fewer keys for as many bytes, and scores in two sums (`float32_products`).
     """
     widest = max(head_dim, value_dim)
+    if wide and widest > 128:
+        return TileShape(64, 32 if widest <= 192 else 16, 4, 1, k_ahead=2, v_ahead=2, copy_after=0)
+    if wide:
+        return TileShape(64, 64, 4, 2 if widest <= 64 else 1, k_ahead=2, v_ahead=2, copy_after=0)
     if widest <= 128:
         return TileShape(64, 128 if scored or widest > 64 else 256, 4, 2, k_ahead=2, v_ahead=2, copy_after=0)
     return TileShape(64, 64, 4, 1, k_ahead=2, v_ahead=2, copy_after=0)
@@ -73,7 +78,13 @@ class FlashV1:
     @classmethod
     def of(cls, variant: Variant) -> FlashV1:
         """Return the kernel of a variant, with the blocks that `block_sizes` has for it."""
-        return cls(variant, block_sizes(variant.head_dim, variant.value_dim, scored=variant.scoring.in_log2_units))
+        wide, scored = variant.dtype == "float32", variant.scoring.in_log2_units
+        return cls(variant, block_sizes(variant.head_dim, variant.value_dim, wide=wide, scored=scored))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the arrays."""
+        return 4 if self.variant.dtype == "float32" else 2
 
     @property
     def threads(self) -> int:
@@ -102,27 +113,27 @@ class FlashV1:
     @cached_property
     def q_tile(self) -> SharedTile:
         """Q's tile in shared memory."""
-        return SharedTile(0, self.shape.queries, self.variant.head_dim, 2)
+        return SharedTile(0, self.shape.queries, self.variant.head_dim, self.itemsize)
 
     @cached_property
     def k_tile(self) -> SharedTile:
         """K's block in shared memory."""
-        return SharedTile(self.q_tile.end, self.shape.keys, self.variant.head_dim, 2)
+        return SharedTile(self.q_tile.end, self.shape.keys, self.variant.head_dim, self.itemsize)
 
     @cached_property
     def v_tile(self) -> SharedTile:
         """V's block in shared memory."""
-        return SharedTile(self.k_tile.end, self.shape.keys, self.variant.value_dim, 2)
+        return SharedTile(self.k_tile.end, self.shape.keys, self.variant.value_dim, self.itemsize)
 
     @cached_property
     def out_tile(self) -> SharedTile:
         """O's tile in shared memory on its way out, where the others were."""
-        return SharedTile(0, self.shape.queries, self.variant.value_dim, 2)
+        return SharedTile(0, self.shape.queries, self.variant.value_dim, self.itemsize)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        return max(self.v_tile.end, self.out_tile.end)
+        return self.v_tile.end if self.itemsize == 4 else max(self.v_tile.end, self.out_tile.end)
 
     @property
     def signature(self) -> Any:
@@ -165,25 +176,24 @@ class FlashV1:
         LENGTHS, LSE, SINKS = variant.lengths, variant.lse, variant.sinks
         LEFT, RIGHT, ALIBI, BIAS, SCORED = score.left, score.right, score.alibi, bool(score.bias), score.in_log2_units
 
-        Q_tile, K_tile, V_tile, O_tile = self.q_tile, self.k_tile, self.v_tile, self.out_tile
-        Q_copy, K_copy, V_copy, O_copy = (
-            RowCopy(tile, threads, Rows.SOME) for tile in (Q_tile, K_tile, V_tile, O_tile)
-        )
-        Q_LANES, K_LANES, V_LANES, O_LANES = Q_copy.lanes, K_copy.lanes, V_copy.lanes, O_copy.lanes
+        multiply = float32_products if variant.dtype == "float32" else products
+        Q_tile, K_tile, V_tile = self.q_tile, self.k_tile, self.v_tile
+        Q_copy, K_copy, V_copy = (RowCopy(tile, threads, Rows.SOME) for tile in (Q_tile, K_tile, V_tile))
+        Q_LANES, K_LANES, V_LANES = Q_copy.lanes, K_copy.lanes, V_copy.lanes
         Q_STEP, K_STEP, V_STEP = Q_copy.rows_at_once, K_copy.rows_at_once, V_copy.rows_at_once
-        Q_chunk, K_chunk, V_chunk, O_chunk = at_chunk(Q_tile), at_chunk(K_tile), at_chunk(V_tile), at_chunk(O_tile)
+        Q_chunk, K_chunk, V_chunk = at_chunk(Q_tile), at_chunk(K_tile), at_chunk(V_tile)
+        value_fragment = fragments.value_fragment(V_tile)
         copy_Q, copy_K, copy_V = Q_copy.function(), K_copy.function(), V_copy.function()
         load_fragments = fragments.load_fragments(warp.rows, warp.value_dim)
         store_fragments = fragments.store_fragments(warp.rows, warp.value_dim)
         scale_fragments = fragments.scale_fragments(warp.rows, warp.value_dim)
         total_rows = fragments.total_rows(warp.rows)
-        score_keys = products.score_keys(warp, Q_tile, K_tile, None, find_maxima=False)
+        score_keys = multiply.score_keys(warp, Q_tile, K_tile, None, find_maxima=False)
         score_pairs, mask_scores = scoring.score_pairs(warp, score, masked=True), scoring.mask_scores(warp, score)
         lane_maxima, raise_maxima = softmax.lane_maxima(warp), softmax.raise_maxima(warp)
-        add_weighted_values = products.add_weighted_values(warp, V_tile, Q_copy)
+        add_weighted_values = multiply.add_weighted_values(warp, V_tile, Q_copy)
         finish_rows = epilogue.finish_rows(warp, sinks=SINKS, lse=LSE)
-        stage_output = epilogue.stage_output(warp, O_tile)
-        store_rows = epilogue.store_rows(O_tile, threads)
+        write_tile = epilogue.write_tile(warp, self.out_tile, threads)
 
         @cuda.jit(device=True, inline="always")  # a call would make Numba ask for a GPU
         def read_state(state, tile, O, m, l):
@@ -228,13 +238,12 @@ class FlashV1:
             Q_row, Q_column = thread // Q_LANES, thread % Q_LANES
             K_row, K_column = thread // K_LANES, thread % K_LANES
             V_row, V_column = thread // V_LANES, thread % V_LANES
-            O_row, O_column = thread // O_LANES, thread % O_LANES
             Q_to, K_to, V_to = (
                 Q_chunk(shared, Q_row, Q_column), K_chunk(shared, K_row, K_column), V_chunk(shared, V_row, V_column)
             )  # fmt: skip
             Q_at = Q_chunk(shared, warp_row + (lane & 15), lane >> 4)
             K_at = K_chunk(shared, (lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1)
-            V_at = V_chunk(shared, lane & 15, lane >> 4)
+            V_at = value_fragment(shared, lane)
             Q_from = q + batch * q_batch + head * q_head + (Br - Q_STEP + Q_row) * q_row + Q_column * CHUNK
             K_from = k + batch * k_batch + kv_head * k_head + (Bc - K_STEP + K_row) * k_row + K_column * CHUNK
             V_from = v + batch * v_batch + kv_head * v_head + (Bc - V_STEP + V_row) * v_row + V_column * CHUNK
@@ -337,11 +346,7 @@ class FlashV1:
                 row = int32(tile * Br + tile_row)
                 lse_at = lse + 4 * ((batch * q_heads + head) * int64(q_tokens) + row)
                 finish_rows(m, l, O, sink, lse_at, q_tokens - row)
-                stage_output(O_chunk(shared, tile_row, 0) + 2 * column, O)
-                cuda.syncthreads()
-                O_to = (
-                    out + batch * out_batch + head * out_head + (int64(tile * Br) + O_row) * out_row + O_column * CHUNK
-                )
-                store_rows(O_chunk(shared, O_row, O_column), O_to, out_row, O_column, q_tokens - tile * Br - O_row)
+                O_to = out + batch * out_batch + head * out_head + int64(tile * Br) * out_row
+                write_tile(shared, O, O_to, out_row, q_tokens - tile * Br)
 
         return flash_v1

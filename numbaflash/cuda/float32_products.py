@@ -21,13 +21,14 @@ from itertools import chain, islice
 from typing import Any
 
 from llvmlite import ir
+from numba.cuda import types
 
 from . import ptx
 from .products import WarpTile, update_maxima
 from .ptx import B32, B64, F32, constant, device_intrinsic
 from .tile import CHUNK, Registers, RowCopy, SharedTile, step
 
-__all__ = ["add_weighted_values", "score_keys"]
+__all__ = ["add_weighted_values", "multiply_values", "score_keys"]
 
 DEPTH = 8
 """Elements that an MMA sums over: two chunks of 16 bytes, so ldmatrix loads Q and K as it does 16-bit elements."""
@@ -77,7 +78,9 @@ def _split(builder: ir.IRBuilder, registers: list[ir.Value], into: Split) -> Ite
         yield
 
 
-def score_keys(warp: WarpTile, queries: SharedTile, keys: SharedTile, beside: RowCopy, *, find_maxima: bool) -> Any:
+def score_keys(
+    warp: WarpTile, queries: SharedTile, keys: SharedTile, beside: RowCopy | None, *, find_maxima: bool
+) -> Any:
     """Return a device function as `products.score_keys` does."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
@@ -121,7 +124,7 @@ def score_keys(warp: WarpTile, queries: SharedTile, keys: SharedTile, beside: Ro
         coming: Iterator[None] = iter(())
         for index, (_, depth, pair) in enumerate(uses):
             needed, _, _ = uses[min(index + 1, len(uses) - 1)]
-            if index == min(warp.copy_after, len(uses) - 1):
+            if beside and index == min(warp.copy_after, len(uses) - 1):
                 source = beside.emit(builder, copied)
             for load in islice(waiting, max(0, needed + warp.k_ahead - started)):
                 load()
@@ -146,8 +149,10 @@ def score_keys(warp: WarpTile, queries: SharedTile, keys: SharedTile, beside: Ro
                 update_maxima(builder, warp, scores, maxima, pair)
         scores.store()
         maxima.store()
-        return source
+        return source if beside else None
 
+    if beside is None:
+        return device_intrinsic(emit, [B32.numba, B32.numba, None, None], types.void)
     return device_intrinsic(emit, [B32.numba, B32.numba, None, None, *RowCopy.ARGUMENTS], B64.numba)
 
 
@@ -237,3 +242,49 @@ def add_weighted_values(warp: WarpTile, values: SharedTile, beside: RowCopy) -> 
         return source
 
     return device_intrinsic(emit, [B32.numba, None, F32.numba, None, None, None, *RowCopy.ARGUMENTS], B64.numba)
+
+
+def multiply_values(warp: WarpTile, weights: SharedTile, values: SharedTile) -> Any:
+    """Return a device function as `products.multiply_values` does, with V's address as for `add_weighted_values`.
+
+    V's rows are found in the order 0, 2, 4, 6, 1, 3, 5, 7 of each 8, so P's columns must lie in that order.
+    """
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> None:
+        weight_address, even, out_array = arguments
+        out = Registers(context, builder, signature.args[2], out_array)
+        odd = builder.add(builder.xor(even, constant(B32, CHUNK)), constant(B32, values.pitch))
+        blocks, tiles = range(warp.keys // DEPTH), range(warp.row_tiles)
+        p: dict[tuple[int, int], Split] = {}
+        for block in blocks:
+            for tile in tiles:
+                p[block, tile] = [], []
+                at = step(builder, weights, weight_address, 16 * tile, 2 * block)
+                for _ in _split(builder, ptx.ldmatrix_x4.emit(builder, *at), p[block, tile]):
+                    pass
+        uses = [(column, block) for column in range(warp.value_dim // 8) for block in blocks]
+        waiting = iter(uses)
+        loaded: dict[tuple[int, int], list[ir.Value]] = {}
+
+        def load(steps: int) -> None:
+            for column, block in islice(waiting, steps):
+                places = (step(builder, values, address, 8 * block, 2 * column) for address in (even, odd))
+                loaded[column, block] = [ptx.load_shared_b32.emit(builder, *place) for place in places]
+
+        load(warp.v_ahead)
+        for column, block in uses:
+            if block == 0:
+                sums = [_SplitSum() for _ in tiles]
+            load(1)
+            v: Split = ([], [])
+            for _ in _split(builder, loaded.pop((column, block)), v):
+                pass
+            _multiply(builder, [(sums[tile], p[block, tile], v) for tile in tiles], iter(()))
+            if block == blocks[-1]:
+                for tile in tiles:
+                    for i, value in enumerate(sums[tile].total(builder)):
+                        index = warp.output(2 * tile, 2 * column) + i
+                        out[index] = builder.fadd(out[index], value)
+        out.store()
+
+    return device_intrinsic(emit, [B32.numba, B32.numba, None], types.void)

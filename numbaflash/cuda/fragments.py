@@ -10,14 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
+from numba import cuda
 from numba.cuda import types
 
 from . import ptx
 from .products import element
 from .ptx import B64, constant, device_intrinsic
-from .tile import Registers, row_offset
+from .tile import Registers, SharedTile, at_chunk, row_offset
 
-__all__ = ["load_fragments", "scale_fragments", "store_fragments", "total_rows"]
+__all__ = ["load_fragments", "scale_fragments", "store_fragments", "total_rows", "value_fragment"]
 
 
 def load_fragments(rows: int, columns: int) -> Any:
@@ -86,3 +87,16 @@ def total_rows(rows: int) -> Any:
         sums.store()
 
     return device_intrinsic(emit, [None], types.void)
+
+
+def value_fragment(tile: SharedTile) -> Any:
+    """Return a device function (start of shared memory, lane) -> the lane's address in V's tile for the products."""
+    chunk, WIDE = at_chunk(tile), tile.itemsize == 4
+
+    @cuda.jit(device=True, inline="always")  # a call would make Numba ask for a GPU
+    def address(shared, lane):
+        if WIDE:
+            return chunk(shared, 2 * (lane & 3), lane >> 4) + 4 * ((lane >> 2) & 3)
+        return chunk(shared, lane & 15, lane >> 4)
+
+    return address

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numbaflash.device_arrays import DeviceArray, contiguous_strides
-from numbaflash.problem import BFLOAT16, DTYPES, FLOAT16, FLOAT32, AttentionProblem
+from numbaflash.problem import DTYPES, FLOAT32, AttentionProblem
 
 from .arguments import Arrays, Strided
 from .build import Buildable, build
@@ -153,10 +153,9 @@ class Solver:
     run: Callable[[Queue, Task], None]
 
 
-_HALVES = (FLOAT16, BFLOAT16)
 ALGORITHMS = {
-    "standard": Solver(_HALVES, _standard),
-    "v1": Solver(_HALVES, _flash_v1),
+    "standard": Solver(DTYPES, _standard),
+    "v1": Solver(DTYPES, _flash_v1),
     "v2": Solver(DTYPES, _flash_v2),
 }
 

@@ -22,7 +22,7 @@ from numba.cuda import types
 
 from numbaflash.problem import AttentionProblem
 
-from . import epilogue, fragments, products, ptx, scoring
+from . import epilogue, float32_products, fragments, products, ptx, scoring
 from .arguments import PARAMETERS, Arrays, arguments
 from .products import WarpTile
 from .ptx import F32, device_intrinsic
@@ -33,10 +33,8 @@ from .variant import Variant
 
 __all__ = ["Matrices", "StandardScores", "StandardSoftmax", "StandardValues"]
 
-ROWS = 128
-"""Query rows of a tile: 32 a warp, so that each fragment of K and V loaded serves two MMAs."""
-KEYS = 64
-"""Keys of a tile: then Q and K of 256 elements take 96 KiB, which fits on 8.6 and 8.9."""
+ROWS, KEYS = 128, 64
+"""What the matrices are padded to."""
 
 _MATRIX_PARAMETERS = {"scores": int64, "weights": int64, "matrix_rows": int32, "matrix_keys": int32}
 
@@ -61,6 +59,26 @@ class Matrices:
     def of(cls, problem: AttentionProblem) -> Matrices:
         """Return the size that a problem takes, with no addresses yet."""
         return cls(-(-problem.q_tokens // ROWS) * ROWS, -(-max(problem.kv_tokens, 1) // KEYS) * KEYS)
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """How a block cuts the matrices: Q and K of 256 elements take 96 KiB in it, which fits on 8.6 and 8.9.
+
+    Attributes:
+        rows: Query rows: 32 a warp where registers suffice, so that each fragment loaded serves two MMAs.
+        keys: Keys.
+        itemsize: Bytes of an element of the arrays.
+    """
+
+    rows: int
+    keys: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, dtype: str) -> _Tiles:
+        """Return the tiles for arrays of a dtype."""
+        return cls(64, 32, 4) if dtype == "float32" else cls(128, 64, 2)
 
 
 class _Kernel:
@@ -113,15 +131,20 @@ class StandardScores(_Kernel):
         scored = Scoring(True, score.softcap, score.alibi, score.bias, score.left, score.right)
         return cls(variant.head_dim, variant.dtype, scored, variant.lengths)
 
+    @property
+    def tiles(self) -> _Tiles:
+        """How a block cuts S."""
+        return _Tiles.of(self.dtype)
+
     @cached_property
     def q_tile(self) -> SharedTile:
         """Q's tile in shared memory."""
-        return SharedTile(0, ROWS, self.head_dim, 2)
+        return SharedTile(0, self.tiles.rows, self.head_dim, self.tiles.itemsize)
 
     @cached_property
     def k_tile(self) -> SharedTile:
         """K's tile in shared memory."""
-        return SharedTile(self.q_tile.end, KEYS, self.head_dim, 2)
+        return SharedTile(self.q_tile.end, self.tiles.keys, self.head_dim, self.tiles.itemsize)
 
     @property
     def shared_bytes(self) -> int:
@@ -131,12 +154,13 @@ class StandardScores(_Kernel):
     def grid(self, problem: AttentionProblem) -> tuple[int, int, int]:
         """Return the blocks of a launch: one a tile of S."""
         matrices = Matrices.of(problem)
-        return matrices.rows // ROWS * (matrices.keys // KEYS), problem.q_heads, problem.batch
+        return matrices.rows // self.tiles.rows * (matrices.keys // self.tiles.keys), problem.q_heads, problem.batch
 
     def kernel(self) -> Callable[..., None]:
         """Return the kernel, for Numba to compile with `signature`."""
-        threads, score = self.threads, self.scoring
+        threads, score, Br, Bc = self.threads, self.scoring, self.tiles.rows, self.tiles.keys
         warp = _warp_tile(self.dtype, threads, head_dim=self.head_dim)
+        multiply = _products(self.dtype)
         WARP_ROWS, SCORES, ROWS_HELD = 16 * warp.row_tiles, warp.rows * warp.keys // 4, warp.rows
         LENGTHS, ALIBI, BIAS, LOG2 = self.lengths, score.alibi, bool(score.bias), float32(LOG2_E)
         Q_copy, K_copy = (RowCopy(tile, threads, Rows.SOME) for tile in (self.q_tile, self.k_tile))
@@ -144,7 +168,7 @@ class StandardScores(_Kernel):
         Q_chunk, K_chunk, copy_Q, copy_K = (
             at_chunk(self.q_tile), at_chunk(self.k_tile), Q_copy.function(), K_copy.function()
         )  # fmt: skip
-        score_keys = products.score_keys(warp, self.q_tile, self.k_tile, None, find_maxima=False)
+        score_keys = multiply.score_keys(warp, self.q_tile, self.k_tile, None, find_maxima=False)
         score_pairs, mask_scores = scoring.score_pairs(warp, score, masked=True), scoring.mask_scores(warp, score)
         store_fragments = fragments.store_fragments(warp.rows, warp.keys)
 
@@ -153,8 +177,8 @@ class StandardScores(_Kernel):
             bias_batch, bias_head, bias_row, bias_key, q_tokens, kv_tokens, q_heads, group,
             window_left, window_right, scale, cap, scores, matrix_rows, matrix_keys,
         ):  # fmt: skip
-            key_tiles = matrix_keys // KEYS
-            tile_row, first_key = ptx.block_x() // key_tiles * ROWS, ptx.block_x() % key_tiles * KEYS
+            key_tiles = matrix_keys // Bc
+            tile_row, first_key = ptx.block_x() // key_tiles * Br, ptx.block_x() % key_tiles * Bc
             head, batch = ptx.block_y(), ptx.block_z()
             shared = ptx.shared_memory(cuda.shared.array(0, types.int32, 128))
             thread = ptx.thread_x()
@@ -165,8 +189,8 @@ class StandardScores(_Kernel):
             keys = int32(kv_length - first_key)
 
             Q_row, Q_column, K_row, K_column = thread // Q_LANES, thread % Q_LANES, thread // K_LANES, thread % K_LANES
-            Q_from = q + batch * q_batch + head * q_head + (tile_row + ROWS - Q_STEP + Q_row) * q_row
-            K_from = k + batch * k_batch + head // group * k_head + (first_key + KEYS - K_STEP + K_row) * k_row
+            Q_from = q + batch * q_batch + head * q_head + (tile_row + Br - Q_STEP + Q_row) * q_row
+            K_from = k + batch * k_batch + head // group * k_head + (first_key + Bc - K_STEP + K_row) * k_row
             Q_to, K_to = Q_chunk(shared, Q_row, Q_column), K_chunk(shared, K_row, K_column)
             copy_Q(Q_to, Q_from + Q_column * CHUNK, Q_STEP * q_row, Q_column, q_tokens - tile_row - Q_row)
             copy_K(K_to, K_from + K_column * CHUNK, K_STEP * k_row, K_column, keys - K_row)
@@ -224,7 +248,7 @@ class StandardSoftmax(_Kernel):
         """Return the kernel, for Numba to compile with `signature`."""
         SINKS, LSE, WARPS = self.sinks, self.lse, self.threads // 32
         LOWEST, LOG2, LN2 = float32(NOTHING_SEEN), float32(LOG2_E), float32(LN_2)
-        pack = ptx.pack_bf16 if self.dtype == "bfloat16" else ptx.pack_f16
+        store_weight = _store_weight(self.dtype)
         warp_max = _over_warp(ptx.maximum.emit)
         warp_sum = _over_warp(ir.IRBuilder.fadd)
 
@@ -253,7 +277,7 @@ class StandardSoftmax(_Kernel):
             inverse = ptx.reciprocal(total) if total != float32(0) else float32(0)  # a row that sees nothing
             for key in range(lane, matrix_keys, 32):
                 p = ptx.exp2(ptx.load_global_f32(scores + 4 * (first + key)) - row_max) * inverse
-                ptx.store_global_b16(weights + 2 * (first + key), int16(pack(p, float32(0))))
+                store_weight(weights, first, key, p)
 
         return standard_softmax
 
@@ -285,58 +309,62 @@ class StandardValues(_Kernel):
     @property
     def threads(self) -> int:
         """Threads of a block: above 128 elements a warp has registers for O of 16 rows, not of 32."""
-        return 128 if self.value_dim <= 128 else 256
+        return 128 if self.value_dim <= 128 or self.dtype == "float32" else 256
 
     @property
     def blocks(self) -> int:
         """Blocks per multiprocessor that registers must suffice for."""
         return 2 if self.value_dim <= 128 else 1
 
+    @property
+    def tiles(self) -> _Tiles:
+        """How a block cuts P."""
+        return _Tiles.of(self.dtype)
+
     @cached_property
     def p_tile(self) -> SharedTile:
         """P's tile in shared memory."""
-        return SharedTile(0, ROWS, KEYS, 2)
+        return SharedTile(0, self.tiles.rows, self.tiles.keys, self.tiles.itemsize)
 
     @cached_property
     def v_tile(self) -> SharedTile:
         """V's tile in shared memory."""
-        return SharedTile(self.p_tile.end, KEYS, self.value_dim, 2)
+        return SharedTile(self.p_tile.end, self.tiles.keys, self.value_dim, self.tiles.itemsize)
 
     @cached_property
     def out_tile(self) -> SharedTile:
         """O's tile in shared memory, where the others were."""
-        return SharedTile(0, ROWS, self.value_dim, 2)
+        return SharedTile(0, self.tiles.rows, self.value_dim, self.tiles.itemsize)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        return max(self.v_tile.end, self.out_tile.end)
+        return self.v_tile.end if self.tiles.itemsize == 4 else max(self.v_tile.end, self.out_tile.end)
 
     def grid(self, problem: AttentionProblem) -> tuple[int, int, int]:
         """Return the blocks of a launch: one a query tile."""
-        return Matrices.of(problem).rows // ROWS, problem.q_heads, problem.batch
+        return Matrices.of(problem).rows // self.tiles.rows, problem.q_heads, problem.batch
 
     def kernel(self) -> Callable[..., None]:
         """Return the kernel, for Numba to compile with `signature`."""
-        threads, LENGTHS = self.threads, self.lengths
+        threads, LENGTHS, tiles = self.threads, self.lengths, self.tiles
+        Br, Bc, ITEMSIZE = tiles.rows, tiles.keys, tiles.itemsize
         warp = _warp_tile(self.dtype, threads, value_dim=self.value_dim)
         WARP_ROWS, OUTPUTS = 16 * warp.row_tiles, warp.rows * warp.value_dim // 4
-        P_copy, V_copy, O_copy = (
-            RowCopy(tile, threads, Rows.SOME) for tile in (self.p_tile, self.v_tile, self.out_tile)
-        )
-        P_LANES, V_LANES, O_LANES = P_copy.lanes, V_copy.lanes, O_copy.lanes
-        P_STEP, V_STEP = P_copy.rows_at_once, V_copy.rows_at_once
-        P_chunk, V_chunk, O_chunk = at_chunk(self.p_tile), at_chunk(self.v_tile), at_chunk(self.out_tile)
-        copy_P, copy_V = P_copy.function(), V_copy.function()
-        multiply_values = products.multiply_values(warp, self.p_tile, self.v_tile)
-        stage_output = epilogue.stage_output(warp, self.out_tile)
-        store_rows = epilogue.store_rows(self.out_tile, threads)
+        P_copy, V_copy = (RowCopy(tile, threads, Rows.SOME) for tile in (self.p_tile, self.v_tile))
+        P_LANES, V_LANES, P_STEP, V_STEP = P_copy.lanes, V_copy.lanes, P_copy.rows_at_once, V_copy.rows_at_once
+        P_chunk, V_chunk, copy_P, copy_V = (
+            at_chunk(self.p_tile), at_chunk(self.v_tile), P_copy.function(), V_copy.function()
+        )  # fmt: skip
+        value_fragment = fragments.value_fragment(self.v_tile)
+        multiply_values = _products(self.dtype).multiply_values(warp, self.p_tile, self.v_tile)
+        write_tile = epilogue.write_tile(warp, self.out_tile, threads)
 
         def standard_values(
             v, out, lengths, v_batch, v_head, v_row, out_batch, out_head, out_row,
             q_tokens, kv_tokens, q_heads, group, weights, matrix_rows, matrix_keys,
         ):  # fmt: skip
-            tile_row, head, batch = ptx.block_x() * ROWS, ptx.block_y(), ptx.block_z()
+            tile_row, head, batch = ptx.block_x() * Br, ptx.block_y(), ptx.block_z()
             shared = ptx.shared_memory(cuda.shared.array(0, types.int32, 128))
             thread = ptx.thread_x()
             lane = thread & 31
@@ -345,35 +373,36 @@ class StandardValues(_Kernel):
 
             P_row, P_column, V_row, V_column = thread // P_LANES, thread % P_LANES, thread // V_LANES, thread % V_LANES
             P_to, V_to = P_chunk(shared, P_row, P_column), V_chunk(shared, V_row, V_column)
-            first_row = (batch * q_heads + head) * int64(matrix_rows) + tile_row + ROWS - P_STEP + P_row
-            P_from, P_bytes = weights + 2 * first_row * matrix_keys + P_column * CHUNK, int64(2) * matrix_keys
-            V_from = v + batch * v_batch + head // group * v_head + (KEYS - V_STEP + V_row) * v_row + V_column * CHUNK
-            P_at, V_at = P_chunk(shared, warp_row + (lane & 15), lane >> 4), V_chunk(shared, lane & 15, lane >> 4)
+            first_row = (batch * q_heads + head) * int64(matrix_rows) + tile_row + Br - P_STEP + P_row
+            P_from, P_bytes = (
+                weights + ITEMSIZE * first_row * matrix_keys + P_column * CHUNK,
+                int64(ITEMSIZE) * matrix_keys,
+            )
+            V_from = v + batch * v_batch + head // group * v_head + (Bc - V_STEP + V_row) * v_row + V_column * CHUNK
+            P_at, V_at = P_chunk(shared, warp_row + (lane & 15), lane >> 4), value_fragment(shared, lane)
 
             O = cuda.local.array(OUTPUTS, float32)
             for i in range(OUTPUTS):
                 O[i] = float32(0)
-            for first_key in range(0, kv_length, KEYS):
-                copy_P(P_to, P_from + 2 * first_key, P_STEP * P_bytes, P_column, q_tokens - tile_row - P_row)
+            for first_key in range(0, kv_length, Bc):
+                copy_P(P_to, P_from + ITEMSIZE * first_key, P_STEP * P_bytes, P_column, q_tokens - tile_row - P_row)
                 copy_V(V_to, V_from + first_key * v_row, V_STEP * v_row, V_column, kv_length - first_key - V_row)
                 ptx.cp_async_wait()
                 cuda.syncthreads()
                 multiply_values(P_at, V_at, O)
                 cuda.syncthreads()  # nobody reads the tiles: the next ones, or O, may have their place
 
-            stage_output(O_chunk(shared, warp_row + (lane >> 2), 0) + 4 * (lane & 3), O)
-            cuda.syncthreads()
-            O_row, O_column = thread // O_LANES, thread % O_LANES
-            O_to = out + batch * out_batch + head * out_head + (tile_row + O_row) * out_row + O_column * CHUNK
-            store_rows(O_chunk(shared, O_row, O_column), O_to, out_row, O_column, q_tokens - tile_row - O_row)
+            O_to = out + batch * out_batch + head * out_head + tile_row * out_row
+            write_tile(shared, O, O_to, out_row, q_tokens - tile_row)
 
         return standard_values
 
 
 def _warp_tile(dtype: str, threads: int, *, head_dim: int = 0, value_dim: int = 0) -> WarpTile:
+    tiles = _Tiles.of(dtype)
     return WarpTile(
-        row_tiles=ROWS // (threads // 2),
-        keys=KEYS,
+        row_tiles=tiles.rows // (threads // 2),
+        keys=tiles.keys,
         head_dim=-(-head_dim // 16) * 16,
         value_dim=-(-value_dim // 16) * 16,
         bfloat16=dtype == "bfloat16",
@@ -381,6 +410,27 @@ def _warp_tile(dtype: str, threads: int, *, head_dim: int = 0, value_dim: int = 
         v_ahead=2,
         copy_after=0,
     )
+
+
+def _products(dtype: str) -> Any:
+    return float32_products if dtype == "float32" else products
+
+
+def _store_weight(dtype: str) -> Any:
+    """Return a device function (address of P, index of a row's first element, key, weight) that stores a weight."""
+    pack = ptx.pack_bf16 if dtype == "bfloat16" else ptx.pack_f16
+
+    @cuda.jit(device=True, inline="always")  # a call would make Numba ask for a GPU
+    def store_half(weights, first, key, p):
+        ptx.store_global_b16(weights + 2 * (first + key), int16(pack(p, float32(0))))
+
+    @cuda.jit(device=True, inline="always")
+    def store_float(weights, first, key, p):
+        # Keys 0, 2, 4, 6, 1, 3, 5, 7 of each 8, as `float32_products.multiply_values` wants them.
+        place = (key & ~7) | ((key & 1) << 2) | ((key >> 1) & 3)
+        ptx.store_global_f32(weights + 4 * (first + place), p)
+
+    return store_float if dtype == "float32" else store_half
 
 
 def _over_warp(combine: Callable[..., Any]) -> Any:

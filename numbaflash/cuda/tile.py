@@ -148,6 +148,8 @@ class RowCopy:
         tile = self.tile
         if tile.rows % self.rows_at_once:
             raise ValueError(f"tile must have a multiple of {self.rows_at_once} rows, got {tile.rows}")
+        if self.rows_at_once % 8:  # rows 8 apart have the same swizzle, so that an added constant leads down
+            raise ValueError(f"threads must copy a multiple of 8 rows at once, got {self.rows_at_once}")
         chunks = tile.columns * tile.itemsize // CHUNK
         full, nothing = constant(B32, CHUNK), constant(B32, 0)
         for row in reversed(range(0, tile.rows, self.rows_at_once)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 
 import numpy as np
 import pytest
@@ -55,6 +56,12 @@ def test_head_dims_of_keys_and_values_may_be_any_multiple_of_8(head_dim, value_d
     assert_as_good(q, k, v, causal=True)
 
 
+@pytest.mark.parametrize(("head_dim", "name"), [(64, "plain"), (128, "plain"), (128, "all"), (256, "plain")])
+def test_float32_is_as_good_as_float32(head_dim, name):
+    q, k, v = problem(head_dim=head_dim, dtype="float32")
+    assert_as_good(q, k, v, **options_for(q, k)[name])
+
+
 def test_keys_beyond_their_length_are_never_read():
     q, k, v = problem(batch=2, kv_tokens=150)
     k[1, 90:], v[1, 90:] = np.nan, np.nan
@@ -93,9 +100,9 @@ def test_a_query_tile_passes_only_the_blocks_that_it_sees():
     assert windowed.instructions["tensor"] * 64 == full.instructions["tensor"] * 19
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_no_shared_access_loses_a_wavefront_and_every_sector_is_used_whole(head_dim):
-    q, k, v = problem(q_tokens=128, kv_tokens=512, head_dim=head_dim)
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float16"), (128, "float16"), (64, "float32")])
+def test_no_shared_access_loses_a_wavefront_and_every_sector_is_used_whole(head_dim, dtype):
+    q, k, v = problem(q_tokens=128, kv_tokens=512, head_dim=head_dim, dtype=dtype)
     _, _, (counts,) = solved(q, k, v, algorithm="v1")
     assert counts.bank_conflicts == 0
     assert counts.local_bytes == 0
@@ -103,17 +110,17 @@ def test_no_shared_access_loses_a_wavefront_and_every_sector_is_used_whole(head_
 
 
 @pytest.mark.parametrize(("scoring", "rest"), [(Scoring(), False), (EVERY_OPTION, True)], ids=["plain", "all"])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_nothing_is_spilled(head_dim, scoring, rest):
-    variant = Variant(head_dim, head_dim, "float16", scoring, sinks=rest, lengths=rest, lse=True)
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float16"), (128, "float16"), (128, "float32")])
+def test_nothing_is_spilled(head_dim, dtype, scoring, rest):
+    variant = Variant(head_dim, head_dim, dtype, scoring, sinks=rest, lengths=rest, lse=True)
     assert build(FlashV1.of(variant), AMPERE).usage.spill_bytes == 0
 
 
 def test_every_tile_fits_the_shared_memory_of_every_target():
     for head_dim in range(8, 257, 8):
         for value_dim in {8, head_dim, 256}:
-            for scoring in (Scoring(), EVERY_OPTION):
-                flash = FlashV1.of(Variant(head_dim, value_dim, "float16", scoring))
+            for dtype, scoring in itertools.product(("float16", "float32"), (Scoring(), EVERY_OPTION)):
+                flash = FlashV1.of(Variant(head_dim, value_dim, dtype, scoring))
                 assert flash.shared_bytes <= 99 << 10  # of 8.6 and 8.9
                 # Of 8.0, where a kibibyte of each block is the system's.
                 assert flash.blocks * (flash.shared_bytes + 1024) <= 164 << 10

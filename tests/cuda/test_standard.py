@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 
 import numpy as np
 import pytest
@@ -53,6 +54,12 @@ def test_head_dims_of_keys_and_values_may_be_any_multiple_of_8(head_dim, value_d
     assert_as_good(q, k, v, causal=True)
 
 
+@pytest.mark.parametrize(("head_dim", "name"), [(64, "plain"), (128, "plain"), (128, "all"), (256, "plain")])
+def test_float32_is_as_good_as_float32(head_dim, name):
+    q, k, v = problem(head_dim=head_dim, dtype="float32")
+    assert_as_good(q, k, v, **options_for(q, k)[name])
+
+
 def test_keys_beyond_their_length_are_never_read():
     q, k, v = problem(batch=2, kv_tokens=150)
     k[1, 90:], v[1, 90:] = np.nan, np.nan
@@ -78,9 +85,10 @@ def test_scores_beyond_the_range_of_16_bits_are_no_matter():
     assert np.isfinite(out).all()
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_no_shared_access_loses_a_wavefront_and_every_sector_is_used_whole(head_dim):
-    for counts in solved(*problem(q_tokens=128, kv_tokens=256, head_dim=head_dim), algorithm="standard")[2]:
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float16"), (128, "float16"), (64, "float32")])
+def test_no_shared_access_loses_a_wavefront_and_every_sector_is_used_whole(head_dim, dtype):
+    q, k, v = problem(q_tokens=128, kv_tokens=256, head_dim=head_dim, dtype=dtype)
+    for counts in solved(q, k, v, algorithm="standard")[2]:
         assert counts.bank_conflicts == 0
         assert counts.local_bytes == 0
         # The log-sum-exp alone is stored a float at a time: 4 bytes a row.
@@ -88,18 +96,18 @@ def test_no_shared_access_loses_a_wavefront_and_every_sector_is_used_whole(head_
 
 
 @pytest.mark.parametrize(("scoring", "rest"), [(Scoring(), False), (EVERY_OPTION, True)], ids=["plain", "all"])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_nothing_is_spilled(head_dim, scoring, rest):
-    variant = Variant(head_dim, head_dim, "float16", scoring, sinks=rest, lengths=rest, lse=True)
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float16"), (128, "float16"), (128, "float32")])
+def test_nothing_is_spilled(head_dim, dtype, scoring, rest):
+    variant = Variant(head_dim, head_dim, dtype, scoring, sinks=rest, lengths=rest, lse=True)
     for kernel in KERNELS:
         assert build(kernel.of(variant), AMPERE).usage.spill_bytes == 0
 
 
 def test_every_tile_fits_the_shared_memory_of_every_target():
     for head_dim in range(8, 257, 8):
-        for kernel in KERNELS:
+        for kernel, dtype in itertools.product(KERNELS, ("float16", "float32")):
             # Of 8.6 and 8.9, which have least.
-            assert kernel.of(Variant(head_dim, head_dim, "float16")).shared_bytes <= 99 << 10
+            assert kernel.of(Variant(head_dim, head_dim, dtype)).shared_bytes <= 99 << 10
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
