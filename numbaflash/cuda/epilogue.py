@@ -137,7 +137,7 @@ def write_tile(warp: WarpTile, tile: SharedTile, threads: int) -> Any:
         store = store_fragments(warp, tile.columns)
 
         @cuda.jit(device=True, inline="always")  # a call would make Numba ask for a GPU
-        def write(shared, O, target, row_bytes, rows):  # noqa: ARG001, E741
+        def write(shared, O, target, row_bytes, rows):  # noqa: ARG001
             thread = ptx.thread_x()
             row = (thread >> 5) * WARP_ROWS + ((thread & 31) >> 2)
             store(target + row * row_bytes + 8 * (thread & 3), row_bytes, O, int32(rows - row))
@@ -148,7 +148,7 @@ def write_tile(warp: WarpTile, tile: SharedTile, threads: int) -> Any:
     )  # fmt: skip
 
     @cuda.jit(device=True, inline="always")
-    def write_staged(shared, O, target, row_bytes, rows):  # noqa: E741
+    def write_staged(shared, O, target, row_bytes, rows):
         thread = ptx.thread_x()
         stage(chunk(shared, (thread >> 5) * WARP_ROWS + ((thread & 31) >> 2), 0) + 4 * (thread & 3), O)
         cuda.syncthreads()

@@ -48,7 +48,7 @@ def test_lengths_may_be_ragged_and_heads_grouped(shape, name):
     assert_as_good(q, k, v, **options_for(q, k)[name])
 
 
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(8, 8), (40, 24), (256, 256), (64, 128), (192, 72)])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(8, 24), (256, 256), (192, 72)])
 def test_head_dims_of_keys_and_values_may_be_any_multiple_of_8(head_dim, value_dim):
     q, k, v = problem(head_dim=head_dim, value_dim=value_dim, dtype="bfloat16", kv_tokens=300)
     assert_as_good(q, k, v, causal=True)

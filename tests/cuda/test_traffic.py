@@ -11,7 +11,7 @@ from numbaflash.cuda.traffic import flash_v1_bytes, flash_v2_bytes, standard_byt
 from numbaflash.problem import FLOAT16, describe
 
 FORMULAS = {"standard": standard_bytes, "v1": flash_v1_bytes, "v2": flash_v2_bytes}
-SIZES = [(256, 64), (512, 64), (512, 128), (256, 192)]
+SIZES = [(256, 64), (512, 64), (512, 128)]
 
 
 def counted(algorithm, tokens, head_dim, *, heads=1):
