@@ -82,6 +82,8 @@ class AttendStream:
                 if received is grpc.aio.EOF:
                     return
                 self._begin(received)
+                if not self._ready.empty():
+                    await asyncio.sleep(0)  # the answer goes out before the next read is prepared
         finally:
             self._reader_ended = True
             self._end_when_answered()
