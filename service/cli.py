@@ -7,6 +7,7 @@ needs an extra of its own.
 from __future__ import annotations
 
 import importlib
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -21,6 +22,31 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+class Algorithm(StrEnum):
+    """Algorithms of attention."""
+
+    standard = "standard"
+    v1 = "v1"
+    v2 = "v2"
+
+
+class Dtype(StrEnum):
+    """Dtypes of queries, keys and values."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Bias(StrEnum):
+    """Kinds of bias."""
+
+    none = "none"
+    float32 = "float32"
+    same = "same"
+    bool = "bool"
 
 
 class KVDtype(StrEnum):
@@ -144,6 +170,59 @@ def bench(
 ) -> None:
     """Measure attention on this machine, beside its peers."""
     _load("bench").run(json=json, quick=quick)
+
+
+@app.command()
+def inspect(
+    algorithm: Annotated[Algorithm, typer.Option(help="Which attention.")] = Algorithm.v2,
+    head_dim: Annotated[int, typer.Option(min=1, max=256, help="Elements of a query and a key.")] = 128,
+    value_dim: Annotated[int | None, typer.Option(min=1, max=256, help="Of a value; default: as many.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the arrays.")] = Dtype.float16,
+    cc: Annotated[str, typer.Option(help="Compute capability: 8.0, 8.6, 8.9 or 9.0.")] = "8.0",
+    causal: Annotated[bool, typer.Option("--causal", help="Causal mask.")] = False,
+    left: Annotated[int | None, typer.Option(min=0, help="Tokens that a query sees before its own.")] = None,
+    right: Annotated[int | None, typer.Option(min=0, help="... behind its own.")] = None,
+    softcap: Annotated[float, typer.Option(min=0.0, help="Cap of the scores.")] = 0.0,
+    bias: Annotated[Bias, typer.Option(help="Of the scores; same: of the arrays' dtype.")] = Bias.none,
+    alibi: Annotated[bool, typer.Option("--alibi", help="A slope for each head.")] = False,
+    sinks: Annotated[bool, typer.Option("--sinks", help="A sink logit for each head.")] = False,
+    lengths: Annotated[bool, typer.Option("--lengths", help="A number of keys for each batch entry.")] = False,
+    lse: Annotated[bool, typer.Option("--lse", help="The log-sum-exp is written as well.")] = False,
+    ptx: Annotated[Path | None, typer.Option(help="Write the PTX text to this file.")] = None,
+    sass: Annotated[Path | None, typer.Option(help="Write the machine code to this file.")] = None,
+    json: Json = False,
+) -> None:
+    """Say what the kernels for GPUs take, beside FlashAttention-2; needs no GPU.
+
+    Registers, shared memory and instructions are of the built code; bank conflicts and sectors are counted while the
+    emulator runs it; how busy the tensor cores are is what a model says, and no measurement.
+    """
+    target = re.fullmatch(r"(\d+)\.(\d)", cc)
+    if target is None:
+        _bad_usage(ValueError(f"cc must be such as 8.0, got {cc!r}"))
+    try:
+        _load("inspection", extra="cuda").run(
+            algorithm=algorithm.value,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            dtype=dtype.value,
+            cc=(int(target[1]), int(target[2])),
+            causal=causal,
+            window=(left, right),
+            softcap=softcap,
+            bias=bias.value,
+            alibi=alibi,
+            sinks=sinks,
+            lengths=lengths,
+            lse=lse,
+            json=json,
+            ptx=ptx,
+            sass=sass,
+        )
+    except ValueError as error:
+        _bad_usage(error)
+    except (RuntimeError, OSError) as error:
+        _fail(str(error))
 
 
 @app.command()
