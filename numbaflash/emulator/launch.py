@@ -255,7 +255,12 @@ def _module_variables(program: Program, memory: GlobalMemory) -> dict[str, int]:
 def _initial(variable: Variable, value: int | Float | Symbol, addresses: dict[str, int]) -> bytes:
     size = SIZES[variable.type]
     if isinstance(value, Float):
-        return value.bits.to_bytes(value.size, "little")
+        bits = value.bits.to_bytes(value.size, "little")
+        if variable.type == "f32" and value.size == 8:  # a decimal literal
+            return np.frombuffer(bits, "f8").astype("f4").tobytes()
+        if value.size != size:
+            raise EmulatorError(f"initial value of {variable.name}: a float for a .{variable.type}", kind="unsupported")
+        return bits
     if isinstance(value, Symbol):
         if value.name not in addresses:
             raise EmulatorError(f"initial value {value.name} of {variable.name} is not placed", kind="unsupported")

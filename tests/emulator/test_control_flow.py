@@ -94,6 +94,24 @@ L:
     assert run("mov.u32 %r0, 100;\n" + scope * 2 + "add.u32 %d, %d, %r0;").tolist() == [104] * 32 + [102] * 32
 
 
+def test_register_declared_after_an_inner_scope_is_not_the_one_in_it() -> None:
+    out = run("""
+    mov.u32 %r0, 0;
+    { .reg .b32 %outer;
+again:
+      { .reg .b32 %v; mov.u32 %v, 7; }
+      .reg .b32 %v;
+      setp.eq.u32 %p, %r0, 1;
+      @%p mov.u32 %d, %v;
+      mov.u32 %v, 9;
+      add.u32 %r0, %r0, 1;
+      setp.lt.u32 %p, %r0, 2;
+      @%p bra again;
+    }
+""")
+    assert (out == 9).all()
+
+
 FUNCTION = """
 .func (.param .b32 result) twice_plus(.param .b32 x, .param .b32 y)
 {

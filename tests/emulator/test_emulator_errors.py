@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from emulator import tensor_product
 from emulator.harness import entry
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,6 +49,18 @@ def test_text_cut_off_anywhere_is_an_error() -> None:
     for cut in range(0, end, max(end // 150, 1)):
         with pytest.raises(EmulatorError):
             emulator.launch(whole[:cut], 1, 64, X, np.float32(1), X)
+
+
+def test_tensor_core_kernel_cut_off_at_any_line_is_an_error() -> None:
+    """A text that ends before its kernel begins is whole, but has none."""
+    lines = tensor_product.ptx().splitlines(keepends=True)
+    last = max(number for number, line in enumerate(lines) if line.startswith("}"))
+    emulator.load("".join(lines[: last + 1]))
+    for cut in range(last + 1):
+        with pytest.raises(
+            EmulatorError, match=r"no \.target directive|it has: none|ends in the middle of a statement"
+        ):
+            emulator.load("".join(lines[:cut]))
 
 
 _TOKEN = re.compile(r"[\w.%$]+|[^\s\w]")
@@ -103,6 +116,7 @@ def test_unknown_directives_are_refused() -> None:
         ("add.u64 %x, %x, %a;", "does not fit"),
         ("add.u32 %d, %a, %clock_speed;", "%clock_speed is neither declared nor a special register"),
         ("mov.u32 %d, nowhere;", "nowhere is not defined"),
+        ("mov.f32 %f, ~0f3F800000;", "~ in front of a float"),
         ("bra nowhere;", "label nowhere is not defined"),
         ("call nothing;", "nothing, which is not defined"),
         ("cp.async.ca.shared.global [%a], [%x], 5;", "cp-size 5"),

@@ -127,19 +127,20 @@ def test_module_variables_have_their_initial_values() -> None:
     target = np.zeros(8, "u4")
     before = """
 .const .align 4 .u32 table[4] = {10, 20, 0x30, 40};
-.global .align 4 .f32 weights[2] = {0f3F800000, 0f40000000};
+.global .align 4 .f32 weights[3] = {0f3F800000, 0f40000000, 2.5};
 .global .align 8 .u64 pointer = generic(table);
 """
     run(
         "ld.const.u32 %r0, [table+8]; st.global.u32 [%out], %r0;"
         "mov.u64 %rd0, weights; ld.global.u32 %r1, [%rd0+4]; st.global.u32 [%out+4], %r1;"
-        "ld.global.u64 %rd1, [pointer]; ld.u32 %r2, [%rd1+12]; st.global.u32 [%out+8], %r2;",
+        "ld.global.u64 %rd1, [pointer]; ld.u32 %r2, [%rd1+12]; st.global.u32 [%out+8], %r2;"
+        "ld.global.u32 %r3, [%rd0+8]; st.global.u32 [%out+12], %r3;",
         np.zeros(1, "u4"),
         target,
         threads=1,
         before=before,
     )
-    assert target[:3].tolist() == [0x30, 0x40000000, 40]
+    assert target[:4].tolist() == [0x30, 0x40000000, 40, 0x40200000]
 
 
 # ---- atomics
