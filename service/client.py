@@ -12,8 +12,8 @@ from numbaflash.cache.quantizers import AWQQuantizer, Quantizer
 
 from . import wire
 from .calls import Calls, RetryPolicy
-from .client_session import Create, Replay, Session
-from .credentials import TLS, metadata, open_channel
+from .client_session import Replay, Session
+from .credentials import TLS, largest_message, metadata, open_channel
 from .errors import ServiceError
 from .info import ServerInfo, SessionInfo
 from .v1 import attention_pb2 as pb
@@ -165,8 +165,8 @@ class Client:
             answer = wire.decode(pb.CreateSessionResponse, self._call("CreateSession", request, tensors=scales))
             return answer.session_id, pb.SessionState(shape=shape, lengths=none, firsts=none, kv_bytes=answer.kv_bytes)
 
-        max_payload = limits.max_message_bytes - _MAX_HEAD_BYTES
-        return self._adopt(*create(), stream, max_payload, create=create, replay=replay)
+        max_payload = largest_message(limits.max_message_bytes) - _MAX_HEAD_BYTES
+        return Session(self, *create(), stream=stream, max_payload=max_payload, create=create, replay=replay)
 
     def restore(self, name: str, *, ttl: float | None = None, stream: bool = True) -> Session:
         """Make a session from a snapshot that `Session.snapshot` wrote, as `RingKVCache.load`.
@@ -189,30 +189,8 @@ class Client:
         if ttl is not None:
             request.ttl.FromNanoseconds(round(ttl * 1e9))
         answer = wire.decode(pb.RestoreResponse, self._call("Restore", request))
-        return self._adopt(answer.session_id, answer.state, stream, limits.max_message_bytes - _MAX_HEAD_BYTES)
-
-    def _adopt(
-        self,
-        session_id: str,
-        state: pb.SessionState,
-        stream: bool,
-        max_payload: int,
-        *,
-        create: Create | None = None,
-        replay: Replay | None = None,
-    ) -> Session:
-        session = Session(
-            self,
-            self._calls,
-            session_id,
-            state,
-            stream=stream,
-            max_payload=max_payload,
-            create=create,
-            replay=replay,
-        )
-        self._sessions.add(session)
-        return session
+        max_payload = largest_message(limits.max_message_bytes) - _MAX_HEAD_BYTES
+        return Session(self, answer.session_id, answer.state, stream=stream, max_payload=max_payload)
 
     def _call(
         self, name: str, request: Any, timeout: float | None = None, tensors: Mapping[str, NDArray[Any]] | None = None

@@ -19,7 +19,6 @@ from numbaflash.arrays import as_numpy, like
 from numbaflash.problem import check_dtype
 
 from . import wire
-from .calls import Calls
 from .errors import ServiceError, SessionLostError, from_status
 from .v1 import attention_pb2 as pb
 
@@ -57,7 +56,6 @@ class Session:
     def __init__(
         self,
         client: Client,
-        calls: Calls,
         session_id: str,
         state: pb.SessionState,
         *,
@@ -75,14 +73,15 @@ class Session:
         self.dtype = shape.dtype
         self.kernel_seconds = 0.0
         self._client = client
-        self._calls = calls
-        self._stream = calls.stream() if stream else None
+        self._calls = client._calls
+        self._stream = self._calls.stream() if stream else None
         self._max_payload = max_payload
         self._create = create
         self._replay = replay
         self._lost = False
         self._replaying = False
         self._begin(session_id, state)
+        client._sessions.add(self)
 
     def _begin(self, session_id: str, state: pb.SessionState) -> None:
         self.id = session_id
@@ -270,7 +269,8 @@ class Session:
             return wire.decode(pb.ForkResponse, self._client._call("Fork", request, timeout))
 
         answer = self._surviving(fork)
-        return self._client._adopt(answer.session_id, answer.state, self._stream is not None, self._max_payload)
+        stream = self._stream is not None
+        return Session(self._client, answer.session_id, answer.state, stream=stream, max_payload=self._max_payload)
 
     def snapshot(self, name: str, *, timeout: float | None = None) -> int:
         """Write the session to a file of the server's, as `RingKVCache.save`; `Client.restore` reads it.

@@ -10,7 +10,6 @@ import grpc
 
 from .addresses import is_local
 
-# The server's limit, learned from GetInfo, is kept to in the other direction.
 _MAX_ANSWER_BYTES: Final = 64 << 20
 
 
@@ -59,6 +58,11 @@ def open_channel(target: str, tls: TLS | None) -> grpc.Channel:
     if tls.server_name is not None:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
     return grpc.secure_channel(target, tls.channel_credentials(), options)
+
+
+def largest_message(accepted: int) -> int:
+    """Return the bytes of a step that fits both ways: the server accepts so many, and its answer is no larger."""
+    return min(accepted, _MAX_ANSWER_BYTES)
 
 
 def metadata(target: str, tls: TLS | None, token: str | None) -> tuple[tuple[str, str], ...]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import numbaflash
-from numbaflash_service import Client
+from numbaflash_service import Client, credentials
 from numbaflash_service.client_session import cut
 
 SMALL = 64 << 10  # the least limit that can be configured
@@ -62,6 +62,18 @@ def test_a_prompt_can_be_appended_in_pieces(small_server: Any, qkv: Callable[...
         np.testing.assert_array_equal(session.attend(0, prompt["q"][-30:]), cache.attend(0, prompt["q"][-30:]))
         with pytest.raises(ValueError, match="must fit a message"):
             session.attend(0, prompt["q"])
+
+
+def test_a_prompt_is_cut_where_its_answer_would_be_too_large_for_the_client(
+    server: Any, qkv: Callable[..., dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(credentials, "_MAX_ANSWER_BYTES", SMALL)
+    cache, prompt = numbaflash.RingKVCache(1, 2, 64, capacity=4096), qkv(500, head_dim=64)
+    with Client(server.target) as client:
+        assert client.info().limits.max_message_bytes > sum(array.nbytes for array in prompt.values())
+        session = client.create_session(1, 2, 64, capacity=4096)
+        np.testing.assert_array_equal(session.prefill(0, **prompt), cache.step(0, **prompt))
+        assert session.length(0) == 500
 
 
 def test_a_token_that_fits_no_message_is_refused_by_the_client(small_server: Any) -> None:
