@@ -13,9 +13,9 @@ import grpc
 
 from . import wire
 from .door import Call
-from .engine import Done, Outcome, Step
 from .errors import ServiceError
 from .replies import encode_answer, encode_error
+from .steps import Done, Outcome, Step
 from .v1 import attention_pb2 as pb
 
 Submit: TypeAlias = Callable[[wire.Parts[pb.StepRequest], Call, Callable[[Outcome], None]], Step]

@@ -21,6 +21,7 @@ from numbaflash.cpu.pool import thread_count
 from numbaflash.cuda.driver import find_gpus, find_usable_gpu
 
 from .demo import weights
+from .processor import processor_name
 
 # Extras that users install, and what each is for.
 EXTRAS = {
@@ -147,7 +148,7 @@ def examine_machine() -> Machine:
     """Processor and memory of this machine."""
     features = llvm.get_host_cpu_features()
     return Machine(
-        cpu=_cpu_name(),
+        cpu=processor_name(),
         cores=len(os.sched_getaffinity(0)),
         # numba.get_num_threads() would start Numba's OpenMP threads, which slow PyTorch's down to a sixth.
         threads=thread_count(),
@@ -212,12 +213,3 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
         )
         # A command is to be copied: it is printed in one piece, however long.
         console.print(f"  {missing.command}", soft_wrap=True, markup=False, highlight=False)
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.machine()

@@ -17,82 +17,31 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypeVar
 
 import grpc
-import numpy as np
 from numpy.typing import NDArray
 
 import numbaflash
-from numbaflash import RingKVCache
 
 from .errors import BadTensorError, ExhaustedError, PositionMismatchError, QueueFullError, ServiceError
 from .limits import Limit
 from .metrics import Metrics
 from .principals import Principal
 from .replay import Answer, Answers
-from .sessions import Session
+from .scratch import Scratch
+from .steps import Done, Outcome, Step
 from .turns import Turns
-from .validation import StepForm
 
 log = logging.getLogger(__name__)
 
-_ALIGNMENT: Final = 64
 # Keys and values that a core reads in less time than it takes another thread to wake up twice, some 100 us.
 _BRIEF_BYTES: Final = 2 << 20
 # What a caller is told to wait when the queue is full, at least and at most, in seconds.
 _SHORTEST_RETRY: Final = 0.02
 _LONGEST_RETRY: Final = 5.0
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Done:
-    """A step that was taken: its answer, whether that is one of an earlier time, and how it was computed."""
-
-    answer: Answer
-    replayed: bool = False
-    queue_ns: int = 0
-    kernel_ns: int = 0
-    batch_size: int = 0
-
-
-Outcome: TypeAlias = Done | ServiceError | None
-
-
-@dataclass(eq=False, slots=True)
-class Step:
-    """One layer's new tokens, checked against the session's shape.
-
-    Attributes:
-        session: Whose cache.
-        layer: Which layer of it.
-        position: Tokens that the client believes the layer holds.
-        request_id: The client's name for the step; may be empty.
-        form: Its tensors' shapes and its options.
-        payload: Its tensors' bytes.
-        deadline: On the clock of `time.monotonic`; None: whenever.
-        settle: Gets what comes of the step, on the event loop: `Done`, or the error, or None where it was taken back.
-        taken_back: Nobody wants the step any more; it is left out if it has not started.
-    """
-
-    session: Session
-    layer: int
-    position: int
-    request_id: str
-    form: StepForm
-    payload: memoryview
-    deadline: float | None
-    settle: Callable[[Outcome], None]
-    taken_back: bool = False
-    arrived_ns: int = field(default_factory=time.perf_counter_ns)
-
-    @property
-    def cache(self) -> RingKVCache:
-        """The session's cache."""
-        assert self.session.cache is not None
-        return self.session.cache
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -152,7 +101,7 @@ class Engine:
         self._last_session = ""
         self._inbox: queue.SimpleQueue[_Work] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
-        self._scratch = _Scratch()
+        self._scratch = Scratch()
         self._thread = threading.Thread(target=self._run, name="numbaflash-engine", daemon=True)
         self._thread.start()
 
@@ -212,7 +161,7 @@ class Engine:
         def run() -> None:
             try:
                 result = function()
-            except Exception as error:
+            except Exception as error:  # it is the caller's
                 self._loop.call_soon_threadsafe(self._resolve_call, done, error)
             else:
                 self._loop.call_soon_threadsafe(self._resolve_call, done, result)
@@ -325,7 +274,7 @@ class Engine:
                 outcomes.append((step, BadTensorError("tensors", str(error))))
             except MemoryError:
                 outcomes.append((step, ExhaustedError("the machine has no memory left", retry_after=1.0)))
-            except Exception:
+            except Exception:  # whatever it is, the thread goes on with the other steps
                 log.exception("a step failed", extra={"request_id": step.request_id, "session": step.session.id[:8]})
                 outcomes.append((step, ServiceError("the step failed", code=grpc.StatusCode.INTERNAL)))
         return outcomes
@@ -416,44 +365,6 @@ class Engine:
             self._bytes.give_back(step.session.owner, len(step.payload))
             step.session.end_step()
             step.settle(outcome)
-
-
-class _Scratch:
-    """Memory that is used again for every launch: tensors off the wire lie anywhere, kernels want them aligned."""
-
-    def __init__(self) -> None:
-        self._memory = np.empty(0, np.uint8)
-        self._used = 0
-
-    def clear(self) -> None:
-        """Give up everything handed out before."""
-        self._used = 0
-
-    def align(self, payload: memoryview) -> NDArray[np.uint8]:
-        """Copy a payload to an aligned address."""
-        memory = self._take(len(payload))
-        memory[:] = np.frombuffer(payload, np.uint8)
-        return memory
-
-    def stack(self, arrays: list[NDArray[Any]]) -> NDArray[Any]:
-        """Copy arrays of one shape and dtype next to each other, on an aligned address."""
-        first = arrays[0]
-        stacked = self._take(len(arrays) * first.nbytes).view(first.dtype).reshape(len(arrays), *first.shape)
-        return np.stack(arrays, out=stacked)
-
-    def _take(self, nbytes: int) -> NDArray[np.uint8]:
-        if self._used + nbytes > len(self._memory):
-            self._grow(nbytes)
-        start = self._used
-        self._used += nbytes + -nbytes % _ALIGNMENT
-        return self._memory[start : start + nbytes]
-
-    def _grow(self, nbytes: int) -> None:
-        # What was handed out keeps the old memory alive.
-        raw = np.empty(2 * (len(self._memory) + nbytes) + _ALIGNMENT, np.uint8)
-        offset = -raw.ctypes.data % _ALIGNMENT
-        self._memory = raw[offset : len(raw) - _ALIGNMENT + offset]
-        self._used = 0
 
 
 def resolve(future: asyncio.Future[Any], outcome: object) -> None:

@@ -26,7 +26,7 @@ from numbaflash.cache.files import DamagedError
 
 from . import records
 from .door import Call
-from .engine import Engine, Step
+from .engine import Engine
 from .errors import (
     ExhaustedError,
     KVBudgetError,
@@ -40,6 +40,7 @@ from .metrics import Metrics
 from .principals import Principals
 from .replay import Answer, Answers
 from .sessions import Session, SessionTable, Spilled, now_text
+from .steps import Step
 
 log = logging.getLogger(__name__)
 
@@ -357,7 +358,7 @@ class Memory:
             if not session.lost:
                 self._table.end(session, partial(SessionEvictedError, why))
                 self._free(session)
-        except Exception:
+        except Exception:  # whatever it is, the steps that wait for the session get an answer
             log.exception("a session cannot be read back from disk")
             error = ServiceError("the session cannot be read back from disk", code=grpc.StatusCode.INTERNAL)
         session.work = None

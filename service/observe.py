@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import structlog
 
 from .door import Call
-from .engine import Outcome
 from .errors import ServiceError
 from .logs import request_id
+from .steps import Outcome
 from .v1 import attention_pb2 as pb
 
 if TYPE_CHECKING:  # without an endpoint, nothing of OpenTelemetry is imported

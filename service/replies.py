@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from . import wire
-from .engine import Done
 from .errors import ServiceError, to_status
+from .steps import Done
 from .v1 import attention_pb2 as pb
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import platform
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
@@ -26,7 +24,7 @@ from .attend import AttendStream
 from .auth import Authenticator
 from .config import ServeConfig
 from .door import Call, Door
-from .engine import Done, Engine, Outcome, Step, resolve
+from .engine import Engine, resolve
 from .errors import (
     BadTensorError,
     DrainingError,
@@ -41,10 +39,12 @@ from .memory import Memory, Thresholds
 from .metrics import Gauges, Metrics
 from .observe import Observer
 from .principals import Principal, Principals, Quota, TokenBucket
+from .processor import processor_name
 from .replay import Answers
 from .replies import encode_answer
 from .sessions import Session, SessionTable, Shape
 from .snapshots import Snapshots
+from .steps import Done, Outcome, Step
 from .v1 import attention_pb2 as pb
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class AttentionServicer:
 
     def identity(self) -> dict[str, str]:
         """Say what serves."""
-        return {"version": version("numbaflash"), "backend": self._backend, "device": _processor_name()}
+        return {"version": version("numbaflash"), "backend": self._backend, "device": processor_name()}
 
     def sessions(self) -> Iterator[Session]:
         """Return the sessions that live, of all callers."""
@@ -452,13 +452,3 @@ def _describe(session: Session) -> pb.SessionInfo:
     info.created_at.FromNanoseconds(int(session.created_at * 1e9))
     info.expires_at.FromNanoseconds(int(session.expires_at * 1e9))
     return info
-
-
-@cache
-def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

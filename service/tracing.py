@@ -21,8 +21,8 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from .engine import Done, Outcome
 from .errors import ServiceError
+from .steps import Done, Outcome
 from .v1 import attention_pb2 as pb
 
 
