@@ -14,10 +14,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import numbaflash
@@ -34,29 +34,11 @@ from numbaflash_service.errors import (
 )
 from numbaflash_service.server import Server
 
-# Two of these fit into the memory.
-KV_MEMORY = 2 << 20
-SHAPE = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 64, "capacity": 700, "dtype": "float16", "rollback": 8}
+from .twins import KV_MEMORY, SHAPE, Twin, tokens
+
 ONCE = RetryPolicy(attempts=1)
-
-
-def tokens(count: int, seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng([seed, count])
-    heads = {"q": 4, "k": 2, "v": 2}
-    return {name: rng.standard_normal((count, n, 64)).astype(np.float16) for name, n in heads.items()}
-
-
-class Twin:
-    """A session and the cache in process that it must equal."""
-
-    def __init__(self, client: Client) -> None:
-        self.session = client.create_session(**SHAPE, stream=False)
-        self.cache = numbaflash.RingKVCache(**SHAPE)
-
-    def step(self, count: int = 1, seed: int = 0) -> None:
-        for layer in range(2):
-            arrays = tokens(count, seed + layer)
-            assert self.session.step(layer, **arrays).tobytes() == self.cache.step(layer, **arrays).tobytes()
+# Without a stream, a session can go on over another client's connection.
+new_twin = partial(Twin, stream=False)
 
 
 @pytest.fixture
@@ -80,7 +62,7 @@ def spill_files(config: dict[str, Any]) -> list[Path]:
 def test_a_restart_loses_nothing(start_server: Any, config: dict[str, Any]) -> None:
     server = start_server(**config)
     with Client(server.target) as client:
-        twins = [Twin(client) for _ in range(4)]
+        twins = [new_twin(client) for _ in range(4)]
         for seed, twin in enumerate(twins):
             twin.step(30, seed)
         twins[0].session.truncate(28)
@@ -144,7 +126,7 @@ def test_sessions_on_disk_have_their_owners_still(
     monkeypatch.setattr(Authenticator, "name", lambda _, __: caller)
     server = start_server(**config)
     with Client(server.target) as client:
-        twin = Twin(client)
+        twin = new_twin(client)
         server.stop()
         start_server(**config)
         caller = "another"
@@ -171,7 +153,7 @@ def test_a_disk_that_cannot_be_written_costs_nobody_a_token(
 ) -> None:
     monkeypatch.setattr(memory, "_PAUSE_SECONDS", 0.05)
     with Client(start_server(**config).target, retry=ONCE) as client:
-        twins = [Twin(client), Twin(client)]
+        twins = [new_twin(client), new_twin(client)]
         for seed, twin in enumerate(twins):
             twin.step(50, seed)
         with monkeypatch.context() as patch:
@@ -188,7 +170,7 @@ def test_a_disk_that_cannot_be_written_costs_nobody_a_token(
         for twin in twins:
             twin.step()
         time.sleep(0.1)
-        twins.append(Twin(client))
+        twins.append(new_twin(client))
         for twin in twins:
             twin.step(3)
 
@@ -197,7 +179,7 @@ def test_a_folder_that_became_read_only_costs_nobody_a_token(
     start_server: Any, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Client(start_server(**config).target, retry=ONCE) as client:
-        twins = [Twin(client), Twin(client)]
+        twins = [new_twin(client), new_twin(client)]
         twins[0].step(50)
         folder = config["spill_dir"] / "sessions"
         folder.chmod(0o500)
@@ -224,7 +206,7 @@ def test_a_session_whose_file_was_damaged_ends_and_says_so(
 ) -> None:
     server = start_server(**config)
     with Client(server.target, retry=ONCE) as client:
-        twins = [Twin(client) for _ in range(3)]
+        twins = [new_twin(client) for _ in range(3)]
         twins[0].step(50)
         for _ in range(2):
             for twin in twins[1:]:
@@ -263,7 +245,7 @@ def test_a_session_whose_file_was_damaged_ends_and_says_so(
 def test_a_server_starts_beside_files_that_it_cannot_use(start_server: Any, config: dict[str, Any]) -> None:
     server = start_server(**config)
     with Client(server.target) as client:
-        twins = [Twin(client), Twin(client)]
+        twins = [new_twin(client), new_twin(client)]
         server.stop()
         damaged, _ = files = spill_files(config)
         content = bytearray(damaged.read_bytes())
@@ -347,7 +329,7 @@ def test_killed_while_it_spills(
 ) -> None:
     process, target = serve(kill_at)
     with Client(target, retry=ONCE, timeout=20.0) as client:
-        twins = [Twin(client), Twin(client)]
+        twins = [new_twin(client), new_twin(client)]
         for seed, twin in enumerate(twins):
             twin.step(650, seed)
 
@@ -372,7 +354,7 @@ def test_killed_while_it_writes_a_snapshot(
 ) -> None:
     process, target = serve(kill_at)
     with Client(target, retry=ONCE, timeout=20.0) as client:
-        twin = Twin(client)
+        twin = new_twin(client)
         twin.step(600)
         twin.session.snapshot("a")
         twin.step(50)
@@ -397,7 +379,7 @@ def test_killed_while_it_writes_a_snapshot(
 def test_killed_among_steps(serve: Any, start_server: Any, config: dict[str, Any]) -> None:
     process, target = serve()
     with Client(target, retry=ONCE, timeout=20.0) as client:
-        twins = [Twin(client) for _ in range(4)]
+        twins = [new_twin(client) for _ in range(4)]
         killer = threading.Timer(0.7, process.kill)
         killer.start()
 
@@ -427,7 +409,7 @@ def test_a_disk_that_is_full_for_real(serve: Any, config: dict[str, Any]) -> Non
 
     process, target = serve(preexec_fn=limit)
     with Client(target, retry=ONCE) as client:
-        small, large = Twin(client), Twin(client)
+        small, large = new_twin(client), new_twin(client)
         large.step(600)
         small.step(10)
         with pytest.raises(StorageError, match="File too large"):

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 
-import numbaflash
 from numbaflash_service import Client, RetryPolicy
 from numbaflash_service.errors import (
     BusyError,
@@ -21,32 +19,9 @@ from numbaflash_service.errors import (
 )
 from numbaflash_service.v1 import attention_pb2 as pb
 
-MIB = 1 << 20
-# Half of it is one session of SHAPE's.
-KV_MEMORY = 2 * MIB
-SHAPE = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 64, "capacity": 700, "dtype": "float16", "rollback": 0}
+from .twins import KV_MEMORY, SHAPE, Twin, tokens
+
 ONCE = RetryPolicy(attempts=1)
-
-
-def tokens(count: int, seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng([seed, count])
-    return {
-        name: rng.standard_normal((count, heads, 64)).astype(np.float16)
-        for name, heads in (("q", 4), ("k", 2), ("v", 2))
-    }
-
-
-class Twin:
-    """A session and the cache in process that it must equal."""
-
-    def __init__(self, client: Client, **options: Any) -> None:
-        self.session = client.create_session(**SHAPE, **options)
-        self.cache = numbaflash.RingKVCache(**SHAPE)
-
-    def step(self, count: int = 1, seed: int = 0) -> None:
-        for layer in range(2):
-            arrays = tokens(count, seed + layer)
-            assert self.session.step(layer, **arrays).tobytes() == self.cache.step(layer, **arrays).tobytes()
 
 
 @pytest.fixture
@@ -217,14 +192,14 @@ def test_time_to_live_counts_on_disk_too(spilling: Any) -> None:
 
 
 def test_the_folder_has_a_budget_of_its_own(spilling: Any) -> None:
-    server = spilling(spill_memory=MIB, evict_after=0.0)
+    server = spilling(spill_memory=1 << 20, evict_after=0.0)
     with Client(server.target) as client:
         twins = []
         for seed in range(5):
             twins.append(Twin(client))
             twins[-1].step(600, seed)
             twins[-1].step(1, seed)
-            assert client.info().usage.spilled_bytes <= MIB
+            assert client.info().usage.spilled_bytes <= 1 << 20
         outcomes = []
         for twin in twins:
             try:
@@ -255,9 +230,7 @@ def test_a_step_that_waits_for_its_session_keeps_other_calls_off(
 ) -> None:
     server = spilling()
     stock = connect_stock(server)
-    session_id = stock.new_session(**SHAPE)
-    for _ in range(2):
-        stock.new_session(**SHAPE)
+    session_id, *_ = (stock.new_session(**SHAPE) for _ in range(3))
     with server.engine_held():
         step = stock.Prefill.future(step_request(session_id, tokens(3)))
         server.wait_for_queue(1)
@@ -277,8 +250,7 @@ def test_a_session_closed_on_its_way_leaves_no_bytes_behind(
 ) -> None:
     server = spilling()
     stock = connect_stock(server)
-    session_id = stock.new_session(**SHAPE)
-    others = [stock.new_session(**SHAPE) for _ in range(2)]
+    session_id, *others = (stock.new_session(**SHAPE) for _ in range(3))
     with server.engine_held():
         step = stock.Prefill.future(step_request(session_id, tokens(3)))
         server.wait_for_queue(1)

@@ -128,6 +128,14 @@ class Sessions(RuleBasedStateMachine):
         self._live.remove(twin)
         self._dead.append(twin)
 
+    def _ask(self, twin: Twin, method: str, request: Any) -> Any:
+        """Send a request of a session's; None where that has been evicted."""
+        try:
+            return self._send(method, request)
+        except ServiceError as error:
+            self._bury(twin, error)
+            return None
+
     def _new_step(self, twin: Twin, layer: int, count: int, kind: str) -> pb.StepRequest:
         self._seed += 1
         rng = np.random.default_rng(self._seed)
@@ -213,12 +221,8 @@ class Sessions(RuleBasedStateMachine):
         twin = self._pick(which)
         request = self._new_step(twin, layer, count, kind)
         self._cancel("Decode", request, delay)
-        try:
-            answer = self._send("Decode", request)
-        except ServiceError as error:
-            self._bury(twin, error)
-            return
-        self._expect(twin, request, answer)
+        if answer := self._ask(twin, "Decode", request):
+            self._expect(twin, request, answer)
 
     @has_sessions
     @rule(picks=st.lists(st.tuples(WHICH, LAYER, COUNT, KIND), min_size=1, max_size=6))
@@ -236,12 +240,7 @@ class Sessions(RuleBasedStateMachine):
         for twin, request in zip(owners, requests, strict=True):
             answer = answers[request.request_id]
             if answer.HasField("error"):  # pushed back, evicted
-                if twin in self._live:
-                    try:
-                        answer = self._send("Prefill", request)
-                    except ServiceError as error:
-                        self._bury(twin, error)
-                        continue
+                if twin in self._live and (answer := self._ask(twin, "Prefill", request)):
                     self._expect(twin, request, answer)
             else:
                 self._expect(twin, request, answer)
@@ -262,12 +261,8 @@ class Sessions(RuleBasedStateMachine):
             out = twin.cache.attend(layer, q)
         except ValueError:
             return  # the windows of the oldest of them are overwritten, after a truncation
-        try:
-            answer = self._send("Decode", request)
-        except ServiceError as error:
-            self._bury(twin, error)
-            return
-        np.testing.assert_allclose(np.frombuffer(answer.payload, np.float32), out.ravel(), rtol=1e-4, atol=1e-5)
+        if answer := self._ask(twin, "Decode", request):
+            np.testing.assert_allclose(np.frombuffer(answer.payload, np.float32), out.ravel(), rtol=1e-4, atol=1e-5)
 
     @has_sessions
     @rule(which=WHICH, step=WHICH)
@@ -358,26 +353,19 @@ class Sessions(RuleBasedStateMachine):
     @rule(which=WHICH)
     def fork(self, which: int) -> None:
         twin = self._pick(which)
-        try:
-            answer = self._send("Fork", pb.ForkRequest(session_id=twin.id))
-        except ServiceError as error:
-            self._bury(twin, error)
-            return
-        self._live.append(Twin(answer.session_id, twin.cache.fork()))
-        self._same(answer.state, twin.cache)
+        if answer := self._ask(twin, "Fork", pb.ForkRequest(session_id=twin.id)):
+            self._live.append(Twin(answer.session_id, twin.cache.fork()))
+            self._same(answer.state, twin.cache)
 
     @has_sessions
     @rule(which=WHICH, name=st.sampled_from("ab"), cancel=CANCEL)
     def snapshot(self, which: int, name: str, cancel: float | None) -> None:
         twin = self._pick(which)
-        self._cancel("Snapshot", pb.SnapshotRequest(session_id=twin.id, name=name), cancel)
-        try:
-            answer = self._send("Snapshot", pb.SnapshotRequest(session_id=twin.id, name=name))
-        except ServiceError as error:
-            self._bury(twin, error)
-            return
-        self._snapshots[name] = twin.cache.fork()
-        assert answer.usable_tokens == min(twin.cache.length(layer) for layer in range(LAYERS))
+        request = pb.SnapshotRequest(session_id=twin.id, name=name)
+        self._cancel("Snapshot", request, cancel)
+        if answer := self._ask(twin, "Snapshot", request):
+            self._snapshots[name] = twin.cache.fork()
+            assert answer.usable_tokens == min(twin.cache.length(layer) for layer in range(LAYERS))
 
     @few_sessions
     @rule(name=st.sampled_from("ab"))
