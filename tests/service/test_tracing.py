@@ -110,6 +110,9 @@ def test_a_missing_extra_is_named() -> None:
     assert "Traceback" not in ended.stderr
 
 
-def test_a_collector_that_is_not_there_costs_no_call(start_server: Any, connect_stock: Any) -> None:
+def test_a_collector_that_is_not_there_costs_no_call(
+    start_server: Any, connect_stock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.5")  # seconds that the stop below waits for it
     stock = connect_stock(start_server(otlp_endpoint="http://127.0.0.1:1"))
     assert stock.GetInfo(pb.GetInfoRequest(), timeout=10).backend == "cpu"
