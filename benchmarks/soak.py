@@ -97,7 +97,7 @@ class Caller:
                 self._turn(index)
             except ServiceError as error:
                 self.seen.failed[error.reason or error.code.name] += 1
-            except Exception as error:
+            except Exception as error:  # any of them is a finding: what is no pushback fails the run
                 self.seen.failed[type(error).__name__] += 1
             self.seen.turns += 1
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -280,10 +281,9 @@ class ServiceCache(StepCache):
         self._client = client
 
     def _make(self, shape: _Shape, batch: int) -> list[Any]:
-        sessions: list[Any] = []
-        try:
-            for _ in range(batch):
-                sessions.append(  # noqa: PERF401  # what is open when one fails must be closed
+        with ExitStack() as opened:  # what is open when one of them is refused is closed
+            sessions = [
+                opened.enter_context(
                     self._client.create_session(
                         shape.num_layers,
                         shape.num_kv_heads,
@@ -294,10 +294,9 @@ class ServiceCache(StepCache):
                         rollback=self._rollback,
                     )
                 )
-        except Exception:
-            for session in sessions:
-                session.close()
-            raise
+                for _ in range(batch)
+            ]
+            opened.pop_all()
         return sessions
 
     def reset(self) -> None:
