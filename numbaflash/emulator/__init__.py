@@ -26,8 +26,9 @@ text for sm_70 to sm_90a. Arrays are changed in place. `load` and `GlobalMemory`
 - races in shared memory: between warps that nothing orders, and between lanes of a warp that was not converged at one
   of the accesses. Barriers order (named ones and `syncwarp` included), and so do fences with atomic, volatile, release
   or acquire accesses to a flag or a lock. Writes of the value that is there already are no race;
-- races in global memory between blocks of a launch; a fence followed by an atomic (or a volatile, release or acquire
-  access) on one side and one on the other orders them. Kernels with fences are checked in grids of up to 8192 blocks;
+- races in global memory between blocks of a launch. A fence and an atomic (or a volatile, release or acquire access) of
+  device scope on one side, and one and a fence on the other, order them. In kernels with fences this is followed in
+  grids of up to 8192 blocks;
 - barriers that not all threads reach, or that warps reach at different places; matrix instructions and other
   collectives that a part of the warp reaches; shuffles from lanes that are not active; endless loops.
 
@@ -41,7 +42,8 @@ is so for wgmma, TMA (`cp.async.bulk`), mbarriers, clusters, textures, `vprintf`
 
 - time: caches, latencies, occupancy, and what `%clock` and `%globaltimer` would read (0);
 - memory ordering: memory is sequentially consistent. Races are looked for, weak orders are not tried. Global races
-  between threads of one block, and intra-warp order other than by convergence, are not looked for;
+  between threads of one block are not looked for: a fence orders for its whole block, even where a barrier is missing
+  between it and the thread that writes the data or the flag. Nor is intra-warp order other than by convergence;
 - the order of blocks and warps: lowest program counter first, blocks in chunks, one after the other. A block that
   waits for one of a later chunk waits forever;
 - the order of rounding inside an `mma` (here one product after the other in float32; hardware truncates sums of

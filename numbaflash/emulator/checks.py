@@ -1,4 +1,4 @@
-"""What hardware does not check: bounds, alignment, uninitialised and in-flight bytes, races; and what it counts.
+"""What hardware does not check: bounds, alignment, uninitialised and in-flight bytes, races.
 
 Compiled with Numba, one pass over the active lanes per memory instruction. Each function returns (code, lane position,
 other party); the code is 0 or one of those in `FAULTS`.
@@ -7,7 +7,8 @@ Shadow state is kept per granule: as many bytes as the narrowest access of the k
 aligned, so each covers whole granules.
 
 An access to shared memory is stamped with its thread, the interval that the thread is in (`order` says which intervals
-happened before which), and with whether its warp was converged: lanes of one converged warp run in step.
+happened before which), and with whether its warp was converged: lanes of one converged warp run in step. One to global
+memory is stamped with its block, and where the kernel has fences with the interval of the block (`grid_order`).
 """
 
 # mypy: disable-error-code="no-any-return"
@@ -17,10 +18,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from .grid_order import GridClocks, ordered_blocks
 from .order import Clocks, ordered, ordered_after_some
 
 Array = NDArray[Any]
@@ -248,8 +249,14 @@ class Global(NamedTuple):
     Attributes:
         data: Bytes; the address of byte 0 is `base`.
         valid: 1 for each byte that belongs to an allocation.
-        writer: Number + 1 of the block that wrote a granule last in this launch, negative for an atomic.
+        writer: Number + 1 of the block that wrote a granule last in this launch, negative for a strong write.
         reader: Number + 1 of a block that read it; -1 where several did.
+        written: Interval of that write; this and what follows up to `clocks` has no elements in kernels without fences.
+        read: Interval of that read.
+        row: Row of `readers` for a granule that several blocks read, from 1.
+        readers: (rows, blocks) intervals in which blocks read; row 0 has the number of rows taken. Where no row is
+            left, it is not followed who read, and such a read races with nothing.
+        clocks: Which intervals of blocks happened before which.
         shift: log2 of the granule.
         base: Address of the first byte.
         races: Whether to report races between blocks.
@@ -259,57 +266,90 @@ class Global(NamedTuple):
     valid: Array
     writer: Array
     reader: Array
+    written: Array
+    read: Array
+    row: Array
+    readers: Array
+    clocks: GridClocks
     shift: int
     base: int
     races: bool
 
 
 @njit(cache=True)
-def _ordered(known: Array, block: int, other: int) -> bool:
-    """Whether block `other` published its writes, by a fence and an atomic, to this block."""
-    return known.shape[0] > 0 and known[block, other]
+def _add_reader(s: Global, granule: int, block: int, interval: int) -> None:
+    """Notes one of several blocks that read a granule."""
+    row = s.row[granule]
+    if row == 0 and s.readers[0, 0] + 1 < s.readers.shape[0]:
+        s.readers[0, 0] += 1
+        row = s.row[granule] = s.readers[0, 0]
+    if row > 0:
+        s.readers[row, block] = interval
+
+
+@njit(cache=True)
+def _unordered_reader(s: Global, granule: int, block: int) -> int:
+    """A block that read a granule, not ordered before what `block` does now; -1 where there is none."""
+    reader = s.reader[granule] - 1
+    if reader >= 0:
+        ordered = reader == block or ordered_blocks(s.clocks, block, reader, s.read[granule])
+        return -1 if ordered else reader
+    row = s.row[granule]
+    for other in range(s.readers.shape[1] if row > 0 else 0):
+        interval = s.readers[row, other]
+        if interval > 0 and other != block and not ordered_blocks(s.clocks, block, other, interval):
+            return other
+    return -1
 
 
 @njit(cache=True)
 def global_read(
-    s: Global,
-    blocks: Array,
-    address: Array,
-    size: int,
-    alignment: int,
-    strong: bool,
-    read_only: bool,
-    known: Array,
+    s: Global, blocks: Array, address: Array, size: int, alignment: int, strong: bool, read_only: bool
 ) -> tuple[int, int, int]:
-    """Checks one load from global memory, and stamps it; `blocks` are the block numbers of the lanes."""
+    """Checks one load from global memory, and stamps it; `blocks` are the block numbers of the lanes.
+
+    A strong one (volatile, relaxed, acquire) does not race with atomics and strong stores, and leaves no stamp.
+    """
+    fences = s.written.size > 0
     for i in range(address.size):
         at = address[i] - s.base
         if at < 0 or at + size > s.data.size or not s.valid[at] or not s.valid[at + size - 1]:
             return BOUNDS, i, -1
         if at & (alignment - 1):
             return ALIGNMENT, i, -1
-        if not s.races or strong:
+        if not s.races:
             continue
-        mark = blocks[i] + 1
+        block = blocks[i]
+        mark = block + 1
         for granule in range(at >> s.shift, (at + size - 1 >> s.shift) + 1):
             last = s.writer[granule]
-            if last != 0 and abs(last) != mark and not _ordered(known, blocks[i], abs(last) - 1):
-                return READ_AFTER_WRITE, i, abs(last) - 1
+            if last != 0 and abs(last) != mark and not (strong and last < 0):
+                other = abs(last) - 1
+                if not (fences and ordered_blocks(s.clocks, block, other, s.written[granule])):
+                    return READ_AFTER_WRITE, i, other
             if last != 0 and read_only:
                 return READ_AFTER_WRITE, i, abs(last) - 1
+            if strong:
+                continue
             reader = s.reader[granule]
-            if reader == 0 or (reader > 0 and _ordered(known, blocks[i], reader - 1)):
-                s.reader[granule] = mark
-            elif reader != mark:
+            if not fences:
+                s.reader[granule] = mark if reader == 0 or reader == mark else -1
+            elif reader >= 0 and _unordered_reader(s, granule, block) < 0:
+                s.reader[granule], s.read[granule] = mark, s.clocks.own[block]
+            else:
+                if reader > 0:
+                    _add_reader(s, granule, reader - 1, s.read[granule])
+                _add_reader(s, granule, block, s.clocks.own[block])
                 s.reader[granule] = -1
     return OK, 0, 0
 
 
 @njit(cache=True)
 def global_write(
-    s: Global, blocks: Array, address: Array, size: int, values: Array, strong: bool, known: Array
+    s: Global, blocks: Array, address: Array, size: int, values: Array, strong: bool
 ) -> tuple[int, int, int]:
-    """Checks one store to global memory, stamps and does it; `values` as in `shared_write`."""
+    """Checks one store to global memory, stamps and does it; `values` and `strong` as in `shared_write`."""
+    fences = s.written.size > 0
     for i in range(address.size):
         at = address[i] - s.base
         if at < 0 or at + size > s.data.size or not s.valid[at] or not s.valid[at + size - 1]:
@@ -317,7 +357,8 @@ def global_write(
         if at & (size - 1):
             return ALIGNMENT, i, -1
         if s.races:
-            mark = blocks[i] + 1
+            block = blocks[i]
+            mark = block + 1
             same = values.shape[0] > 0
             if same:
                 for byte in range(size):
@@ -325,91 +366,24 @@ def global_write(
             first = at >> s.shift
             for granule in range(first, first + max(size >> s.shift, 1)):
                 last = s.writer[granule]
-                foreign = last != 0 and abs(last) != mark and not (strong and last < 0)
-                if foreign and not same and not _ordered(known, blocks[i], abs(last) - 1):
-                    return WRITE_AFTER_WRITE, i, abs(last) - 1
+                if last != 0 and abs(last) != mark and not same and not (strong and last < 0):
+                    other = abs(last) - 1
+                    if not (fences and ordered_blocks(s.clocks, block, other, s.written[granule])):
+                        return WRITE_AFTER_WRITE, i, other
                 reader = s.reader[granule]
-                foreign = reader != 0 and reader != mark
-                if foreign and not same and (reader < 0 or not _ordered(known, blocks[i], reader - 1)):
-                    return WRITE_AFTER_READ, i, reader - 1 if reader > 0 else -1
+                if reader != 0 and reader != mark and not same:
+                    if not fences:
+                        return WRITE_AFTER_READ, i, max(reader - 1, -1)
+                    other = _unordered_reader(s, granule, block)
+                    if other >= 0:
+                        return WRITE_AFTER_READ, i, other
+                    s.reader[granule] = 0  # those reads are ordered before this write
+                    if s.row[granule] > 0:
+                        s.readers[s.row[granule]] = 0
                 s.writer[granule] = -mark if strong else mark
-                if foreign and reader > 0:  # that reader is ordered before this write
-                    s.reader[granule] = 0
+                if fences:
+                    s.written[granule] = s.clocks.own[block]
         if values.shape[0] > 0:
             for byte in range(size):
                 s.data[at + byte] = values[i, byte]
     return OK, 0, 0
-
-
-# ---- what hardware would count
-
-
-@njit(cache=True)
-def bank_wavefronts(lanes: Array, address: Array, size: int) -> tuple[int, int]:
-    """Wavefronts that a shared-memory access takes, and the fewest that accesses of its width could take.
-
-    32 banks of 4 bytes; one wavefront serves one word of each bank. Lanes go together by 32 (up to 4 bytes each), 16
-    (8 bytes) or 8 (16 bytes); lanes that want the same word share it.
-    """
-    group = 32 if size <= 4 else 128 // size
-    words = max(size // 4, 1)
-    seen = np.empty((32, 32), np.int64)
-    filled = np.zeros(32, np.int64)
-    total = ideal = 0
-    i = 0
-    while i < lanes.size:
-        unit = lanes[i] // group
-        filled[:] = 0
-        worst = 1
-        while i < lanes.size and lanes[i] // group == unit:
-            word = address[i] >> 2
-            for k in range(word, word + words):
-                bank = k & 31
-                found = False
-                for j in range(filled[bank]):
-                    found = found or seen[bank, j] == k
-                if not found:
-                    seen[bank, filled[bank]] = k
-                    filled[bank] += 1
-                    worst = max(worst, filled[bank])
-            i += 1
-        total += worst
-        ideal += 1
-    return total, ideal
-
-
-@njit(cache=True)
-def sector_traffic(lanes: Array, address: Array, size: int) -> tuple[int, int, int]:
-    """Requests (one per warp), 32-byte sectors that they touch, and distinct bytes that they want."""
-    sectors = np.empty(1024, np.int64)
-    masks = np.empty(1024, np.int64)
-    requests = count = wanted = 0
-    i = 0
-    while i < lanes.size:
-        warp = lanes[i] >> 5
-        filled = 0
-        while i < lanes.size and lanes[i] >> 5 == warp:
-            done = 0
-            while done < size:
-                at = address[i] + done
-                inside = min(32 - (at & 31), size - done)
-                mask = ((1 << inside) - 1) << (at & 31)
-                j = filled - 1
-                while j >= 0 and sectors[j] != at >> 5:
-                    j -= 1
-                if j < 0:
-                    sectors[filled] = at >> 5
-                    masks[filled] = mask
-                    filled += 1
-                else:
-                    masks[j] |= mask
-                done += inside
-            i += 1
-        requests += 1
-        count += filled
-        for j in range(filled):
-            left = masks[j]
-            while left:
-                left &= left - 1
-                wanted += 1
-    return requests, count, wanted

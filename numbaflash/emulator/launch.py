@@ -17,6 +17,7 @@ from . import checks as shadow
 from .arguments import pack
 from .counts import Report
 from .errors import EmulatorError, Place
+from .grid_order import GridOrder
 from .ir import SIZES, Float, Symbol, Variable
 from .machine import Machine
 from .memory import ALIGNMENT, BASE, GlobalMemory
@@ -33,6 +34,9 @@ _SHARED_BYTES = 32 << 20
 _MOST_LOCAL = 512 << 10
 """Bytes of local memory that a thread may have, on every target."""
 _MOST_ORDERED = 8192
+"""Blocks between which order is followed: it takes four bytes for each pair of them."""
+_MOST_READERS = 1 << 24
+"""Readers that are followed, of granules that several blocks read; untouched ones cost nothing."""
 _MOST_STATIC = 1 << 30
 MAX_STEPS = 10_000_000
 """Basic blocks that may run before a launch counts as hanging."""
@@ -167,31 +171,22 @@ def _run(
     blocks, threads = dimensions(grid, "grid"), dimensions(block, "block")
     _check_limits(program, blocks, threads, shared)
     symbols = _module_variables(program, memory)
-    fences = program.names.fences
     total = int(np.prod(blocks))
-    # who has been told of whose writes takes blocks x blocks bytes
+    fences = program.names.fences
     races = checks.global_races and not (fences and total > _MOST_ORDERED)
-    shift = granule(program.sites, "global")
+    order = GridOrder(total if fences and races else 0)
     report = Report(readable(program.name))
     launch = Launch(
         translation,
         blocks,
         threads,
         params,
-        shadow.Global(
-            memory.data,
-            memory.valid,
-            np.zeros((memory.data.size >> shift) + 1, np.int32),
-            np.zeros((memory.data.size >> shift) + 1, np.int32),
-            shift,
-            BASE,
-            races,
-        ),
+        _shadow(program, memory, order, races),
         symbols,
         shared,
         checks,
         max_steps,
-        np.zeros((total, total) if fences and races else (0, 0), np.bool_),
+        order,
         report,
     )
     try:
@@ -206,6 +201,27 @@ def _run(
     report.shared = [launch.shared_counts[x] for x in sorted(launch.shared_counts)]
     report.global_ = [launch.global_counts[x] for x in sorted(launch.global_counts)]
     return report
+
+
+def _shadow(program: Program, memory: GlobalMemory, order: GridOrder, races: bool) -> shadow.Global:
+    """Global memory as the checks of a launch see it."""
+    shift = granule(program.sites, "global")
+    granules = (memory.data.size >> shift) + 1
+    followed = order.clocks.own.size
+    return shadow.Global(
+        data=memory.data,
+        valid=memory.valid,
+        writer=np.zeros(granules, np.int32),
+        reader=np.zeros(granules, np.int32),
+        written=np.zeros(granules if followed else 0, np.int32),
+        read=np.zeros(granules if followed else 0, np.int32),
+        row=np.zeros(granules if followed else 0, np.int32),
+        readers=np.zeros((_MOST_READERS // followed, followed) if followed else (0, 0), np.int32),
+        clocks=order.clocks,
+        shift=shift,
+        base=BASE,
+        races=races,
+    )
 
 
 def _check_limits(program: Program, grid: tuple[int, ...], block: tuple[int, ...], shared: int) -> None:

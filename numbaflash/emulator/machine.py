@@ -45,7 +45,6 @@ class Machine(Threads):
         super().__init__(launch, first, count)
         self.copies: list[_Copy] = []
         self.committed = np.zeros(self.total, np.int64)
-        self.fenced = np.zeros(count, np.bool_)
         self.fragments = mma.Fragments()
 
     # ---- loads and stores
@@ -76,27 +75,24 @@ class Machine(Threads):
         """Loads `count` elements per lane; unsigned integers."""
         memory = self.launch.memory
         found = checks.global_read(
-            memory, g.take(self.block), address, site.size, site.size, site.strong, site.read_only, self.launch.known
+            memory, g.take(self.block), address, site.size, site.size, site.device_wide, site.read_only
         )
         if found[0]:
             self._fault(g, site, "global", address, found)
-        if site.strong:
-            self._synchronize(g, address)
+        if site.device_wide:
+            self.launch.order.load(g.take(self.block), address)
         self._count_global(site, g.lanes, address, site.size)
         return _elements(memory.data, address - BASE, site.size, count)
 
     def store_global(self, g: Group, site: Site, address: Array, values: list[Array]) -> None:
         """Stores elements of each lane."""
-        if site.strong:
-            self._synchronize(g, address)
-        data = _interleave(values, g.n)
-        self._write_global(g, site, address, data)
+        self._write_global(g, site, address, _interleave(values, g.n))
+        if site.device_wide:
+            self.launch.order.store(g.take(self.block), address)
         self._count_global(site, g.lanes, address, site.size)
 
     def _write_global(self, g: Group, site: Site, address: Array, data: Array) -> None:
-        found = checks.global_write(
-            self.launch.memory, g.take(self.block), address, site.size, data, site.strong, self.launch.known
-        )
+        found = checks.global_write(self.launch.memory, g.take(self.block), address, site.size, data, site.device_wide)
         if found[0]:
             self._fault(g, site, "global", address, found)
 
@@ -169,16 +165,18 @@ class Machine(Threads):
             self._fault(g, site, "shared", address, found)
         self._count_shared(site, g.lanes, address)
         before = atomic(self.shared.data, g.take(self.shared_base) + address, name, kind, values)
-        if self.program.names.fences:  # a compare-and-swap that fails writes nothing
-            self.order.update(g, address, before == values[0] if name == "cas" else np.ones(g.n, np.bool_))
+        if self.program.names.fences:
+            self.order.update(g, address, _wrote(name, before, values))
         return before
 
     def atomic_global(self, g: Group, site: Site, address: Array, name: str, kind: str, *values: Array) -> Array:
         """One read-modify-write per lane, in the order of lanes."""
-        self._synchronize(g, address)
         self._write_global(g, site, address, _NO_VALUES)
         self._count_global(site, g.lanes, address, site.size)
-        return atomic(self.launch.memory.data, address - BASE, name, kind, values)
+        before = atomic(self.launch.memory.data, address - BASE, name, kind, values)
+        if site.device_wide:
+            self.launch.order.update(g.take(self.block), address, _wrote(name, before, values))
+        return before
 
     def atomic_generic(self, g: Group, site: Site, address: Array, name: str, kind: str, *values: Array) -> Array:
         """One read-modify-write per lane, wherever its address lies."""
@@ -194,24 +192,10 @@ class Machine(Threads):
         return out
 
     def fence(self, g: Group, device_wide: bool) -> None:
-        """membar, fence: the next atomics publish what was written before."""
+        """membar, fence, and the ones in acquire and release forms."""
         self.order.fence(g)
         if device_wide:
-            self.fenced[np.unique(g.take(self.block)) - self.first] = True
-
-    def _synchronize(self, g: Group, address: Array) -> None:
-        """An atomic after a fence publishes the block's writes to all blocks that come to that address later."""
-        known = self.launch.known
-        if not known.size:
-            return
-        published = self.launch.published
-        for block, at in dict.fromkeys(zip(g.take(self.block).tolist(), address.tolist(), strict=True)):
-            if at in published:
-                known[block] |= published[at]
-            if self.fenced[block - self.first]:
-                told = known[block].copy()
-                told[block] = True
-                published[at] = published[at] | told if at in published else told
+            self.launch.order.fence(g.take(self.block))
 
     # ---- asynchronous copies
 
@@ -234,9 +218,7 @@ class Machine(Threads):
 
     def _copy_source(self, g: Group, site: Site, address: Array, count: int) -> Array:
         memory = self.launch.memory
-        found = checks.global_read(
-            memory, g.take(self.block), address, count, site.size, False, False, self.launch.known
-        )
+        found = checks.global_read(memory, g.take(self.block), address, count, site.size, False, False)
         if found[0]:
             self._fault(g, site, "global", address, found)
         self._count_global(site, g.lanes, address, count)
@@ -358,6 +340,11 @@ def _interleave(values: list[Array], n: int) -> Array:
     """Elements of each lane as rows of bytes."""
     stacked = np.stack([np.broadcast_to(x, n) for x in values], axis=1)
     return np.ascontiguousarray(stacked).view(np.uint8)
+
+
+def _wrote(name: str, before: Array, values: tuple[Array, ...]) -> Array:
+    """Which lanes of an atomic wrote: a compare-and-swap that fails does not."""
+    return before == values[0] if name == "cas" else np.ones(before.size, np.bool_)
 
 
 def _row_lanes(g: Group, address: Array, count: int) -> tuple[Array, Array]:

@@ -11,9 +11,10 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from . import checks
+from . import checks, traffic
 from .counts import GlobalAccess, Report, SharedAccess
 from .errors import EmulatorError, Place
+from .grid_order import GridOrder
 from .group import WARP, Group
 from .ir import Instruction
 from .isa import Site
@@ -54,8 +55,7 @@ class Launch:
         shared_bytes: Dynamic shared memory.
         checks: What to check.
         max_steps: Segments that a chunk may run before it counts as hanging.
-        known: (blocks, blocks): whose writes a block has been told of by a fence and an atomic; (0, 0) where the
-            program has no fence.
+        order: What happened before what between blocks.
         report: The counts.
     """
 
@@ -68,13 +68,12 @@ class Launch:
     shared_bytes: int
     checks: Checks
     max_steps: int
-    known: Array
+    order: GridOrder
     report: Report
 
     def __post_init__(self) -> None:
         self.shared_counts: dict[int, SharedAccess] = {}
         self.global_counts: dict[int, GlobalAccess] = {}
-        self.published: dict[int, Array] = {}
 
 
 class Threads:
@@ -250,7 +249,7 @@ class Threads:
             place = self.program.place(site.instruction)
             counts = SharedAccess(site.instruction.line, place.source, site.op)
             self.launch.shared_counts[site.index] = counts
-        wavefronts, ideal = checks.bank_wavefronts(lanes, address, site.size)
+        wavefronts, ideal = traffic.bank_wavefronts(lanes, address, site.size)
         counts.wavefronts += wavefronts
         counts.ideal += ideal
         counts.nbytes += lanes.size * site.size
@@ -261,7 +260,7 @@ class Threads:
             place = self.program.place(site.instruction)
             counts = GlobalAccess(site.instruction.line, place.source, site.op)
             self.launch.global_counts[site.index] = counts
-        requests, sectors, wanted = checks.sector_traffic(lanes, address, size)
+        requests, sectors, wanted = traffic.sector_traffic(lanes, address, size)
         counts.requests += requests
         counts.sectors += sectors
         counts.wanted += wanted

@@ -369,7 +369,9 @@ def endless(out):  # type: ignore[no-untyped-def]
 def test_kernel_that_never_ends() -> None:
     error = caught(lambda: emulator.launch(endless, 1, 1, np.zeros(2, "i4"), max_steps=1000))
     assert error.kind == "hang"
-    assert error.place.source in [source_line(endless, text) for text in ("while", "+= 1")]
+    ptx = ptx_of(endless, (np.zeros(2, "i4"),), (8, 0))
+    stands(error, ptx, r"bra\.uni", source_line(endless, "while"))
+    assert error.place.thread == (0, 0, 0)
 
 
 # ---- right kernels that look dangerous
@@ -401,7 +403,7 @@ def test_writing_the_same_value_is_no_race() -> None:
     assert flags[0] == 1
 
 
-@cuda.jit
+@cuda.jit(lineinfo=True)
 def last_block_sums(x, partial, counter, out):  # type: ignore[no-untyped-def]
     """Blocks publish partial sums by a fence and a counter; the last one adds them up."""
     last = cuda.shared.array(1, int32)
@@ -429,11 +431,15 @@ def test_blocks_ordered_by_a_fence_and_an_atomic_do_not_race() -> None:
     assert out[0] == x.sum()
 
 
-def test_the_same_without_the_fence_is_a_race() -> None:
+@pytest.mark.parametrize("which", [0, 1], ids=["before counting", "after counting"])
+def test_the_same_without_one_of_its_fences_is_a_race(which: int) -> None:
     args = (np.arange(640, dtype="f4"), np.zeros(10, "f4"), np.zeros(1, "i4"), np.zeros(1, "f4"))
-    ptx = edited(ptx_of(last_block_sums, args, (8, 0)), r"membar\.gl;|fence\.\S+;", "")
+    ptx = edited(ptx_of(last_block_sums, args, (8, 0)), r"membar\.gl;|fence\.\S+;", "", which)
     error = caught(lambda: emulator.launch(ptx, 10, 32, *args))
     assert error.kind == "global-race"
+    stands(error, ptx, r"ld\.global", source_line(last_block_sums, "total += partial[i]"), 64)  # 64 of x come first
+    assert error.place.block == (9, 0, 0)
+    assert "a write by block (0, 0, 0)" in error.reason
 
 
 @cuda.jit

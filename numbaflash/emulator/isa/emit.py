@@ -41,9 +41,9 @@ class Site:
         op: ``"load"``, ``"store"``, ``"atomic"``, ``"copy"``, ``"ldmatrix"`` or ``"stmatrix"``.
         space: State space, ``"generic"`` where the address tells.
         size: Bytes that one thread accesses.
-        strong: Whether it is volatile, relaxed, acquire or release: it then takes part in no data race.
+        scope: Where it is strong (atomic, volatile, relaxed, acquire or release), so that it does not race with others
+            of its kind: ``"cta"``, ``"cluster"``, ``"gpu"`` or ``"sys"``; empty where it is weak.
         read_only: Whether it goes through the non-coherent path (``ld.global.nc``).
-        source_space: For copies: the space that is read.
     """
 
     index: int
@@ -51,8 +51,23 @@ class Site:
     op: str
     space: str
     size: int
-    strong: bool = False
+    scope: str = ""
     read_only: bool = False
+
+    @property
+    def strong(self) -> bool:
+        """Whether it is strong among the threads of a block."""
+        return self.scope != ""
+
+    @property
+    def device_wide(self) -> bool:
+        """Whether it is strong between blocks."""
+        return device_wide(self.scope)
+
+
+def device_wide(scope: str) -> bool:
+    """Whether a scope has several blocks; a cluster has one here."""
+    return scope in ("gl", "gpu", "sys")
 
 
 @dataclass
@@ -350,9 +365,9 @@ class Emit:
         self.code.pipe = pipe
         self.code.collective = collective
 
-    def site(self, op: str, space: str, size: int, strong: bool = False, read_only: bool = False) -> str:
+    def site(self, op: str, space: str, size: int, scope: str = "", read_only: bool = False) -> str:
         """Registers a memory site, and names it."""
-        site = Site(len(self.names.sites), self.instruction, op, space, size, strong, read_only)
+        site = Site(len(self.names.sites), self.instruction, op, space, size, scope, read_only)
         self.names.sites.append(site)
         name = f"s{site.index}"
         self.names.constants[name] = site

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..ir import SIZES, Address, Int, Reg, Symbol, Vector
 from .data import literal
-from .emit import Emit, op, storage
+from .emit import Emit, device_wide, op, storage
 
 _TYPES = (
     *("b8", "b16", "b32", "b64", "u8", "u16", "u32", "u64", "s8", "s16", "s32", "s64"),
@@ -25,14 +25,16 @@ def _space(e: Emit) -> str:
 
 
 def _order(e: Emit, fencing: str) -> tuple[str, str]:
-    """Takes .weak, .volatile, .relaxed, .acquire or .release, and the scope: the order and the scope."""
+    """Takes .weak, .volatile, .relaxed, .acquire or .release, and the scope: the order and the scope, "" where weak."""
     order = e.one_of("weak", "volatile", "relaxed", fencing, default="weak")
-    return order, e.one_of(*_SCOPES) if order in ("relaxed", fencing) else "sys"
+    if order in ("weak", "volatile"):
+        return order, "sys" if order == "volatile" else ""
+    return order, e.one_of(*_SCOPES)
 
 
 def _fence(e: Emit, scope: str) -> None:
     e.names.fences = True
-    e.line(f"m.fence(g, {scope != 'cta'})")
+    e.line(f"m.fence(g, {device_wide(scope)})")
 
 
 def _hints(e: Emit) -> None:
@@ -69,7 +71,7 @@ def load(e: Emit) -> None:
     if space == "param":
         e.unsupported("space .param with this address")
     e.effect("lsu")
-    site = e.site("load", space, size * count, order != "weak", read_only)
+    site = e.site("load", space, size * count, scope, read_only)
     name = e.temporary()
     e.line(f"{name} = m.load_{space}(g, {site}, {address}, {count})")
     if order == "acquire":
@@ -100,7 +102,7 @@ def store(e: Emit) -> None:
     if space == "param":
         e.unsupported("space .param")
     e.effect("lsu")
-    site = e.site("store", space, size * count, order != "weak")
+    site = e.site("store", space, size * count, scope)
     if order == "release":
         _fence(e, scope)
     e.line(f"m.store_{space}(g, {site}, {address}, [{', '.join(values)}])")
@@ -138,7 +140,7 @@ def atomic(e: Emit) -> None:
     values = [e.source(x, kind) for x in rest[1:]]
     space, address = e.address(rest[0], space)
     e.effect("lsu")
-    site = e.site("atomic", space, SIZES[kind], strong=True)
+    site = e.site("atomic", space, SIZES[kind], scope)
     result = e.temporary()
     if order in ("release", "acq_rel"):
         _fence(e, scope)
