@@ -322,11 +322,12 @@ class Engine:
             started = time.perf_counter_ns()
             outs = [method(step.layer, **tensors, **options)]
         kernel_ns = time.perf_counter_ns() - started
-        self._last_wait = (started - steps[0].arrived_ns) / 1e9
-        self._metrics.launched(steps[0].form.tokens, [started - step.arrived_ns for step in steps], kernel_ns)
+        queue_ns = [started - step.arrived_ns for step in steps]
+        self._last_wait = queue_ns[0] / 1e9
+        self._metrics.launched(steps[0].form.tokens, queue_ns, kernel_ns)
         return [
-            (step, Done(self._keep(step, out), False, started - step.arrived_ns, kernel_ns, len(steps)))
-            for step, out in zip(steps, outs, strict=True)
+            (step, Done(self._keep(step, out), False, waited_ns, kernel_ns, len(steps)))
+            for step, out, waited_ns in zip(steps, outs, queue_ns, strict=True)
         ]
 
     def _stack(self, steps: list[Step]) -> tuple[dict[str, Any], dict[str, Any]]:

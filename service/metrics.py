@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -108,17 +108,15 @@ class Metrics:
         """Count a session that ended, by the error that its calls get from now on."""
         self.ended[_ENDS.get(type(why), "failed")] += 1
 
-    def launched(self, tokens: int, queue_ns: Iterable[int], kernel_ns: int) -> None:
+    def launched(self, tokens: int, queue_ns: Sequence[int], kernel_ns: int) -> None:
         """Count a launch: the tokens of each of its steps, how long each waited, and how long it took."""
         kind = self.kinds["decode" if tokens < self._small else "prefill"]
-        steps = 0
         for waited in queue_ns:
             kind.queue_ns.add(waited)
-            steps += 1
-        kind.steps += steps
-        kind.tokens += steps * tokens
+        kind.steps += len(queue_ns)
+        kind.tokens += len(queue_ns) * tokens
         kind.kernel_ns.add(kernel_ns)
-        kind.batch.add(steps)
+        kind.batch.add(len(queue_ns))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from numbaflash import RingKVCache
 
@@ -15,8 +15,7 @@ from .sessions import Session
 from .validation import StepForm
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Done:
+class Done(NamedTuple):
     """A step that was taken: its answer, whether that is one of an earlier time, and how it was computed."""
 
     answer: Answer
