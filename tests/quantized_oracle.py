@@ -52,8 +52,9 @@ def expected_of_quantized(cache, q, k, v, *, layer=0, **options):
             last = slice(own - size, own)
             (content,) = quantizer.pack(f, k[None, last], v[None, last])
             seen_k[last], seen_v[last] = unpack(content, f)
+        # The last queries of a sequence stand at its end, so those before them need not be computed again.
         out[start:stop] = expected_of_cache(
-            q[:stop], seen_k[:stop], seen_v[:stop], capacity=layout.capacity, sink_tokens=sinks, **options
-        )[start:stop]
+            q[start:stop], seen_k[:stop], seen_v[:stop], capacity=layout.capacity, sink_tokens=sinks, **options
+        )
         start = stop
     return out
