@@ -8,8 +8,9 @@ quantizers make caches smaller.
 from importlib.metadata import version
 
 from .api import attention, merge
+from .cache.batch import attention_batch
 from .cache.quantizers import AWQQuantizer, GroupQuantizer, HQQQuantizer
-from .cache.ring import RingKVCache, attention_batch
+from .cache.ring import RingKVCache
 
 __all__ = [
     "AWQQuantizer",

@@ -1,134 +1,207 @@
-"""One layer's ring: the page table, and the tokens that are written through it and read through it."""
+"""One layer of a cache, as `step.py` and `ring.py` see it: of floats here, of codes in `quantized.py`."""
 
 from __future__ import annotations
 
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cpu.paging import RING, gather_tokens, list_runs, scatter_tokens
+from ..cpu import RUN_FIELDS, contiguous_run
 from .layout import RingLayout
-from .pages import PagePool
+from .page_format import PageFormat
+from .token_ring import TokenRing
 
-__all__ = ["LayerRing"]
+__all__ = ["FloatLayer", "Layer", "NewTokens", "Segment"]
 
-_NO_PAGE = -1
+_NO_CODES = np.empty((0, 2), np.int64)
 
 
-class LayerRing:
-    """Page table of one layer.
+class NewTokens(NamedTuple):
+    """Tokens of a step, (T, Hkv, D), rounded to what the layer's ring holds.
 
-    Attributes:
-        length: Tokens seen.
-        intact: Oldest position, sink tokens apart, that has not been overwritten. Truncation does not bring back what
-            was overwritten, so this only grows.
+    `pages` are pages of codes that they fill, the first one of this number behind the sink tokens; they belong to
+    nobody's page table yet.
     """
 
-    def __init__(self, layout: RingLayout, pool: PagePool) -> None:
-        self.length = 0
-        self.intact = layout.sink_tokens
-        self._layout = layout
-        self._pool = pool
-        self._pages = [_NO_PAGE] * layout.slots
-        self._addresses = np.zeros(layout.slots, np.int64)
-        _, kv_heads, page_size, head_dim = pool.shape
-        record = (
-            self._addresses.ctypes.data,
-            page_size,
-            layout.sink_tokens,
-            layout.sink_slots,
-            layout.ring_slots,
-            kv_heads,
-            head_dim * pool.dtype.itemsize,
-        )
-        self._record = np.array([record], RING)
-        self._record_address = self._record.ctypes.data
+    keys: NDArray[Any]
+    values: NDArray[Any]
+    first_page: int = 0
+    pages: Sequence[int] = ()
 
-    def fork(self) -> LayerRing:
-        """Return a twin that shares all pages."""
-        twin = LayerRing(self._layout, self._pool)
-        twin.length = self.length
-        twin.intact = self.intact
-        twin._pages = list(self._pages)
-        twin._addresses[:] = self._addresses
-        for page in self._used_pages():
-            self._pool.share(page)
-        return twin
 
-    def release(self) -> None:
-        """Give all pages back."""
-        for page in self._used_pages():
-            self._pool.release(page)
-        self._pages = [_NO_PAGE] * self._layout.slots
+class Segment(NamedTuple):
+    """Queries `start` to `stop` that see the same runs: rows of `KVRuns.table`, and of `Codes.parameters` for codes."""
+
+    start: int
+    stop: int
+    table: NDArray[np.int64]
+    parameters: NDArray[np.int64] = _NO_CODES
+
+
+class Layer(ABC):
+    """The tokens of one layer.
+
+    Args:
+        index: Of the layer.
+        layout: Of the cache.
+        ring: Tokens that are no codes.
+
+    Attributes:
+        page_format: Of the pages of codes; None where there are none.
+    """
+
+    page_format: PageFormat | None = None
+
+    def __init__(self, index: int, layout: RingLayout, ring: TokenRing) -> None:
+        self.index = index
+        self.layout = layout
+        self.ring = ring
+
+    @property
+    def length(self) -> int:
+        """Tokens seen."""
+        return self.ring.length
+
+    @property
+    @abstractmethod
+    def intact(self) -> int:
+        """Oldest position, sink tokens apart, that has not been overwritten."""
 
     @property
     def raw_intact(self) -> int:
-        """Oldest position, sink tokens apart, from which on all tokens are there as they were written."""
-        return self.intact
+        """Oldest position, sink tokens apart, from which on all tokens are there and no codes."""
+        return self.ring.intact
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the pages in use."""
+
+    @abstractmethod
+    def fork(self) -> Layer:
+        """Return a twin that shares all pages."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give all pages back."""
+
+    @abstractmethod
+    def prepare(self, keys: NDArray[Any], values: NDArray[Any]) -> NewTokens:
+        """Return new tokens, (T, Hkv, D), as `segments` and `write` take them; the layer does not change.
+
+        Raises:
+            ValueError: They cannot be stored.
+        """
+
+    @abstractmethod
+    def discard(self, new: NewTokens, /) -> None:
+        """Give back the pages of what `prepare` returned, in the place of `write`."""
+
+    @abstractmethod
+    def write(self, new: NewTokens) -> None:
+        """Append what `prepare` returned; where that fails, nothing has changed, and it has been discarded."""
+
+    @abstractmethod
+    def segments(self, start: int, stop: int, new: NewTokens) -> list[Segment]:
+        """Part queries at `start` to `stop` by what they see of the layer and of new tokens, in order of positions."""
+
+    def fold_queries(self, q: NDArray[Any]) -> NDArray[Any]:
+        """Return queries (T, Hq, D) as they are to meet the layer's keys; q itself where those are as they came."""
+        return q
+
+    def check_queries(self, start: int) -> None:
+        """See that everything is there that the queries from `start` on see.
+
+        Raises:
+            ValueError: Some of it is overwritten.
+        """
+        count = self.length - start
+        if start < 0:
+            raise ValueError(f"q must have at most the layer's {self.length} tokens, got {count}")
+        if self.layout.first_visible(start) < self.intact:
+            most = self.length - self.intact - self.layout.window + 1
+            raise ValueError(f"q must have at most {most} tokens, older windows are overwritten; got {count}")
+
+    def check_truncate(self, length: int) -> None:
+        """See that the layer can be taken back to `length` tokens.
+
+        Raises:
+            ValueError: It is shorter, or some of what is visible then is overwritten.
+        """
+        if length > self.length:
+            raise ValueError(f"length must be at most {self.length}, the tokens of layer {self.index}; got {length}")
+        if self.layout.first_visible(length - 1) < self.intact:
+            least = self.intact + self.layout.window
+            raise ValueError(
+                f"length must be at least {least}, or layer {self.index}'s window would have holes; got {length}"
+            )
+
+    def truncate(self, length: int) -> None:
+        """Take the layer back to `length` tokens, which `check_truncate` has allowed."""
+        self.ring.length = length
+
+    def restore(self, tokens: Iterable[tuple[int, NDArray[Any], NDArray[Any]]], length: int, raw_intact: int) -> None:
+        """Fill an empty ring.
+
+        Args:
+            tokens: Position of the first, keys and values of tokens that follow each other.
+            length: Tokens seen.
+            raw_intact: As the property.
+        """
+        for position, keys, values in tokens:
+            self.ring.length = position
+            self.ring.write(keys, values)
+        self.ring.length, self.ring.intact = length, raw_intact
+
+
+class FloatLayer(Layer):
+    """A layer whose tokens are all in its ring."""
+
+    @property
+    def intact(self) -> int:
+        """Oldest position, sink tokens apart, that has not been overwritten."""
+        return self.ring.intact
 
     @property
     def nbytes(self) -> int:
         """Bytes of the pages in use."""
-        return len(self._used_pages()) * self._pool.page_nbytes
+        return self.ring.nbytes
 
-    def write(self, keys: NDArray[Any], values: NDArray[Any]) -> None:
-        """Append tokens, (T, Hkv, D) each; all pages that takes are had before the first byte is written."""
-        start, stop = self.length, self.length + len(keys)
-        sinks = self._layout.sink_tokens
-        # What comes before would be overwritten by the same step.
-        kept = max(start, stop - self._layout.ring_tokens, sinks)
-        pieces = [(start, min(stop, sinks)), (kept, stop)] if start < sinks else [(kept, stop)]
-        self._own([slot for piece in pieces for slot in self._layout.slots_between(*piece)])
-        for first, behind in pieces:
-            self._copy(scatter_tokens, first, behind, keys[first - start :], values[first - start :])
-        self.length = stop
-        self.intact = max(self.intact, stop - self._layout.ring_tokens)
+    def fork(self) -> FloatLayer:
+        """Return a twin that shares all pages."""
+        return FloatLayer(self.index, self.layout, self.ring.fork())
 
-    def truncate(self, length: int) -> None:
-        """Take the layer back to `length` tokens."""
-        self.length = length
+    def release(self) -> None:
+        """Give all pages back."""
+        self.ring.release()
 
-    def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Return copies of the tokens `start` to `stop`: (2, tokens, Hkv, D)."""
-        _, kv_heads, _, head_dim = self._pool.shape
-        tokens = np.empty((2, stop - start, kv_heads, head_dim), self._pool.dtype)
-        self._copy(gather_tokens, start, stop, *tokens)
-        return tokens
+    def prepare(self, keys: NDArray[Any], values: NDArray[Any]) -> NewTokens:
+        """Round new tokens to the storage dtype."""
+        return NewTokens(_stored(keys, self.ring.dtype), _stored(values, self.ring.dtype))
 
-    @property
-    def max_runs(self) -> int:
-        """Rows that `list_runs` may write."""
-        return self._layout.slots + 2
+    def discard(self, _new: NewTokens, /) -> None:
+        """There are no pages of codes to give back."""
 
-    def list_runs(self, start: int, table_address: int) -> int:
-        """Write the sink tokens and the ring tokens from `start` on as rows of `KVRuns.table`; return their number."""
-        rows: int = list_runs(self._record_address, start, self.length, table_address)
-        return rows
+    def write(self, new: NewTokens) -> None:
+        """Append new tokens; nothing has changed where that fails."""
+        self.ring.write(new.keys, new.values)
 
-    def _copy(self, copy: Any, start: int, stop: int, keys: NDArray[Any], values: NDArray[Any]) -> None:
-        places = (keys.ctypes.data, *keys.strides[:2], values.ctypes.data, *values.strides[:2])
-        copy(self._record_address, start, stop, *places)
+    def segments(self, start: int, stop: int, new: NewTokens) -> list[Segment]:
+        """List the runs that queries at `start` to `stop` see: they are one segment."""
+        table = np.empty((self.ring.max_runs + 1, RUN_FIELDS), np.int64)
+        rows = self.ring.list_runs(self.layout.first_visible(start), table.ctypes.data)
+        if len(new.keys):
+            table[rows] = contiguous_run(new.keys, new.values, self.length)
+            rows += 1
+        return [Segment(start, stop, table[:rows])]
 
-    def _used_pages(self) -> list[int]:
-        return [page for page in self._pages if page != _NO_PAGE]
 
-    def _own(self, slots: list[int]) -> None:
-        """See that every slot has a page which nobody else sees; nothing has changed when that fails."""
-        fresh: dict[int, int] = {}
-        try:
-            for slot in slots:
-                page = self._pages[slot]
-                if slot not in fresh and (page == _NO_PAGE or self._pool.is_shared(page)):
-                    fresh[slot] = self._pool.acquire()
-        except MemoryError:
-            for page in fresh.values():
-                self._pool.release(page)
-            raise
-        for slot, page in fresh.items():
-            shared = self._pages[slot]
-            if shared != _NO_PAGE:
-                self._pool.content(page)[:] = self._pool.content(shared)
-                self._pool.release(shared)
-            self._pages[slot] = page
-            self._addresses[slot] = self._pool.address(page)
+def _stored(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Round to the storage dtype; what is too large for it becomes infinite, as IEEE 754 has it, and NaN stays NaN."""
+    if array.dtype == dtype:
+        return np.ascontiguousarray(array)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.ascontiguousarray(array, dtype)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PagePool"]
+__all__ = ["PagePool", "PageTable"]
 
 # A cache line, and the widest vector load.
 _ALIGNMENT = 64
@@ -81,6 +81,65 @@ class PagePool:
         """Bytes of all pages that have an owner."""
         with self._lock:
             return len(self._memory) * self.page_nbytes
+
+
+class PageTable:
+    """Which page lies in which slot, for one of the owners of a pool's pages.
+
+    Args:
+        pool: Whose pages.
+        slots: Length of the table; all are empty at first.
+    """
+
+    def __init__(self, pool: PagePool, slots: int) -> None:
+        self.pool = pool
+        self._pages: list[int | None] = [None] * slots
+
+    def __getitem__(self, slot: int) -> int | None:
+        return self._pages[slot]
+
+    def __setitem__(self, slot: int, page: int) -> None:
+        """Put a page there, which now belongs to the table, and give back the one before."""
+        before = self._pages[slot]
+        if before is not None:
+            self.pool.release(before)
+        self._pages[slot] = page
+
+    def content(self, slot: int) -> NDArray[Any]:
+        """Return the page of a slot that has one."""
+        return self.pool.content(self._page(slot))
+
+    def address(self, slot: int) -> int:
+        """Return the address of the page of a slot that has one."""
+        return self.pool.address(self._page(slot))
+
+    def fork(self) -> PageTable:
+        """Return a twin that shares all pages."""
+        twin = PageTable(self.pool, len(self._pages))
+        twin._pages = list(self._pages)
+        for page in self._used():
+            self.pool.share(page)
+        return twin
+
+    def release(self) -> None:
+        """Give all pages back."""
+        for page in self._used():
+            self.pool.release(page)
+        self._pages = [None] * len(self._pages)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages."""
+        return len(self._used()) * self.pool.page_nbytes
+
+    def _page(self, slot: int) -> int:
+        page = self._pages[slot]
+        if page is None:
+            raise LookupError(f"slot {slot} has no page")
+        return page
+
+    def _used(self) -> list[int]:
+        return [page for page in self._pages if page is not None]
 
 
 def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

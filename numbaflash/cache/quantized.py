@@ -11,188 +11,159 @@ that is what a ring of `rollback + page_size` tokens beside the codes is for.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..cpu import RUN_FIELDS, contiguous_run
 from ..cpu.runs import START
-from .layer import LayerRing
+from ..problem import FLOAT16
+from .layer import Layer, NewTokens, Segment
 from .layout import RingLayout
 from .page_format import PageFormat
-from .pages import PagePool
+from .pages import PagePool, PageTable
 from .quantizers import Quantizer
+from .token_ring import TokenRing
 
-__all__ = ["Closed", "QuantizedLayer", "Segment"]
-
-_NO_PAGE = -1
-
-
-class Segment(NamedTuple):
-    """Queries `start` to `stop` that see the same pages as codes: rows of `KVRuns.table` and `Codes.parameters`."""
-
-    start: int
-    stop: int
-    table: NDArray[np.int64]
-    parameters: NDArray[np.int64]
+__all__ = ["QuantizedLayer"]
 
 
-class Closed(NamedTuple):
-    """Pages that a step fills, by their number behind the sink tokens; they belong to nobody's page table yet."""
-
-    first: int
-    pages: list[int]
-
-
-class QuantizedLayer:
-    """Page table of one layer; see `LayerRing`, which holds the tokens in float16.
+class QuantizedLayer(Layer):
+    """A layer of pages of codes, and a ring of tokens in float16.
 
     Args:
+        index: Of the layer.
         layout: Of the cache.
+        ring: The empty float16 ring, of shape `raw_layout(layout)`.
         page_format: Of the pages of codes.
         pool: Pages of codes, (page_nbytes,) uint8.
-        raw: The empty float16 ring, of shape `raw_layout(layout)`.
-        quantizer: Fills pages of codes.
-
-    Attributes:
-        intact: Oldest position, sink tokens apart, whose page of codes has not been overwritten.
-        raw: The tokens in float16.
+        quantizer: Fills them.
     """
 
     def __init__(
-        self, layout: RingLayout, page_format: PageFormat, pool: PagePool, raw: LayerRing, quantizer: Quantizer
+        self,
+        index: int,
+        layout: RingLayout,
+        ring: TokenRing,
+        page_format: PageFormat,
+        pool: PagePool,
+        quantizer: Quantizer,
     ) -> None:
-        self.intact = layout.sink_tokens
-        self._layout = layout
-        self._format = page_format
-        self._pool = pool
-        self.raw = raw
+        super().__init__(index, layout, ring)
+        self.page_format: PageFormat = page_format
+        self._intact = layout.sink_tokens
         self._quantizer = quantizer
-        self._pages = [_NO_PAGE] * layout.ring_slots
+        self._table = PageTable(pool, layout.ring_slots)
         self._listed: tuple[tuple[int, int], NDArray[np.int64], NDArray[np.int64]] | None = None
 
     @property
-    def length(self) -> int:
-        """Tokens seen."""
-        return self.raw.length
-
-    @property
-    def raw_intact(self) -> int:
-        """Oldest position, sink tokens apart, from which on all tokens are there in float16."""
-        return self.raw.intact
+    def intact(self) -> int:
+        """Oldest position, sink tokens apart, whose page of codes has not been overwritten."""
+        return self._intact
 
     @property
     def nbytes(self) -> int:
         """Bytes of the pages in use."""
-        return self.raw.nbytes + len(self._used_pages()) * self._pool.page_nbytes
+        return self.ring.nbytes + self._table.nbytes
 
     def fork(self) -> QuantizedLayer:
         """Return a twin that shares all pages."""
-        twin = QuantizedLayer(self._layout, self._format, self._pool, self.raw.fork(), self._quantizer)
-        twin.intact = self.intact
-        twin._pages = list(self._pages)
-        for page in self._used_pages():
-            self._pool.share(page)
+        ring, pool = self.ring.fork(), self._table.pool
+        twin = QuantizedLayer(self.index, self.layout, ring, self.page_format, pool, self._quantizer)
+        twin._intact = self._intact
+        twin._table = self._table.fork()
         return twin
 
     def release(self) -> None:
         """Give all pages back."""
-        self.raw.release()
-        for page in self._used_pages():
-            self._pool.release(page)
-        self._pages = [_NO_PAGE] * self._layout.ring_slots
+        self.ring.release()
+        self._table.release()
 
-    def page_start(self, position: int) -> int:
-        """Return the first position of a position's page; 0 among the sink tokens."""
-        sinks, size = self._layout.sink_tokens, self._layout.page_size
-        return sinks + (position - sinks) // size * size if position >= sinks else 0
+    def prepare(self, keys: NDArray[Any], values: NDArray[Any]) -> NewTokens:
+        """Fold and round new tokens to float16, and quantize the pages that they fill.
 
-    def close_pages(self, keys: NDArray[Any], values: NDArray[Any]) -> Closed:
-        """Quantize the pages that new tokens, (T, Hkv, D) float16, would fill; the layer does not change."""
-        sinks, size = self._layout.sink_tokens, self._layout.page_size
-        first, behind = (max(at - sinks, 0) // size for at in (self.length, self.length + len(keys)))
-        if first == behind:
-            return Closed(first, [])
-        # The first of them may have begun in earlier steps, or in this one behind its sink tokens.
-        begin = sinks + first * size
-        whole = []
-        for old, new in zip(self.raw.read(min(begin, self.length), self.length), (keys, values), strict=True):
-            tokens = np.concatenate((old, new[max(begin - self.length, 0) :]))
-            whole.append(tokens[: (behind - first) * size].reshape(behind - first, size, *new.shape[1:]))
-        pages: list[int] = []
+        Raises:
+            ValueError: Some are not finite in float16.
+        """
+        folded = _stored("k", self._quantizer.fold_keys(self.index, keys)), _stored("v", values)
+        return NewTokens(*folded, *self._fill_pages(*folded))
+
+    def fold_queries(self, q: NDArray[Any]) -> NDArray[Any]:
+        """Return queries as they meet what the quantizer has made of keys."""
+        return self._quantizer.fold_queries(self.index, q)
+
+    def discard(self, new: NewTokens, /) -> None:
+        """Give back the pages of what `prepare` returned."""
+        self._give_back(new.pages)
+
+    def write(self, new: NewTokens) -> None:
+        """Append new tokens with the pages that they fill; where that fails, nothing has changed."""
         try:
-            for content in self._quantizer.pack(self._format, *whole):
-                pages.append(self._pool.acquire())
-                self._pool.content(pages[-1])[:] = content
-        except MemoryError:
-            self.discard(Closed(first, pages))
+            self.ring.write(new.keys, new.values)
+        except BaseException:
+            self.discard(new)
             raise
-        return Closed(first, pages)
-
-    def discard(self, closed: Closed) -> None:
-        """Give pages back that `close_pages` returned, and that were not written."""
-        for page in closed.pages:
-            self._pool.release(page)
-
-    def write(self, keys: NDArray[Any], values: NDArray[Any], closed: Closed) -> None:
-        """Append tokens, float16, with the pages that they fill; nothing has changed when that fails."""
-        self.raw.write(keys, values)
-        for number, page in enumerate(closed.pages, closed.first):
-            slot = number % self._layout.ring_slots
-            if self._pages[slot] != _NO_PAGE:
-                self._pool.release(self._pages[slot])
-            self._pages[slot] = page
+        for number, page in enumerate(new.pages, new.first_page):
+            self._table[self._slot(number)] = page
             self._listed = None
-        self.intact = max(self.intact, self.length - self._layout.ring_tokens)
+        self._intact = max(self._intact, self.length - self.layout.ring_tokens)
 
-    def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Return copies of tokens that are there in float16, (2, tokens, Hkv, D)."""
-        return self.raw.read(start, stop)
+    def check_queries(self, start: int) -> None:
+        """See that everything is there that the queries from `start` on see, their own pages in float16."""
+        super().check_queries(start)
+        if self._page_start(start) < self.raw_intact and start >= self.layout.sink_tokens:
+            raise ValueError(
+                f"q must have tokens whose pages are still there in float16, those from {self.raw_intact} on; "
+                f"got the newest {self.length - start} of {self.length}"
+            )
+
+    def check_truncate(self, length: int) -> None:
+        """See that the layer can be taken back to `length` tokens: the page they end in must be there in float16."""
+        super().check_truncate(length)
+        start = self._page_start(length)
+        if not (start == length or length < self.layout.sink_tokens or start >= self.raw_intact):
+            raise ValueError(
+                f"length must be {self.raw_intact} or more, or {start} where a page begins: "
+                f"layer {self.index} holds what lies between as codes only; got {length}"
+            )
+
+    def truncate(self, length: int) -> None:
+        """Take the layer back to `length` tokens, which `check_truncate` has allowed."""
+        super().truncate(length)
+        # Where a page boundary was gone back to, float16 tokens begin anew there.
+        self.ring.intact = min(self.ring.intact, max(length, self.layout.sink_tokens))
 
     def read_page(self, number: int) -> NDArray[np.uint8]:
         """Return a page of codes by its number behind the sink tokens."""
-        return self._pool.content(self._pages[number % self._layout.ring_slots])
+        return self._table.content(self._slot(number))
 
-    def write_page(self, number: int, content: NDArray[np.uint8]) -> None:
-        """Put a page of codes that `read_page` returned where there is none."""
-        slot = number % self._layout.ring_slots
-        self._pages[slot] = self._pool.acquire()
-        self._pool.content(self._pages[slot])[:] = content
-
-    def can_truncate(self, length: int) -> bool:
-        """Say whether the page that `length` lies in is there in float16, or has no token before it."""
-        start = self.page_start(length)
-        return start == length or length < self._layout.sink_tokens or start >= self.raw.intact
-
-    def truncate(self, length: int) -> None:
-        """Take the layer back to `length` tokens."""
-        self.raw.length = length
-        # Where a page boundary was gone back to, float16 tokens begin anew there.
-        self.raw.intact = min(self.raw.intact, max(length, self._layout.sink_tokens))
-
-    def segments(
-        self, start: int, stop: int, keys: NDArray[Any], values: NDArray[Any], closed: Closed
-    ) -> list[Segment]:
-        """Part queries at `start` to `stop` by pages, and list what each part sees, in order of positions.
+    def restore_pages(self, pages: Iterable[tuple[int, NDArray[np.uint8]]], intact: int) -> None:
+        """Fill an empty page table.
 
         Args:
-            start: Of the first query.
-            stop: Behind the last one.
-            keys: (T, Hkv, D) float16 tokens behind those of the layer.
-            values: Likewise.
-            closed: The pages that these fill.
+            pages: Number behind the sink tokens, and what `read_page` returned.
+            intact: As the property.
         """
-        sinks, size = self._layout.sink_tokens, self._layout.page_size
+        for number, content in pages:
+            slot = self._slot(number)
+            self._table[slot] = self._table.pool.acquire()
+            self._table.content(slot)[:] = content
+        self._intact = intact
+
+    def segments(self, start: int, stop: int, new: NewTokens) -> list[Segment]:
+        """Part queries at `start` to `stop` by pages, and list what each part sees, in order of positions."""
+        sinks, size = self.layout.sink_tokens, self.layout.page_size
         first = self._first_page(start)
-        codes, parameters = self._codes(first, max(stop - 1 - sinks, 0) // size, closed)
+        codes, parameters = self._codes(first, max(stop - 1 - sinks, 0) // size, new)
         segments = []
         while start < stop:
             # Sink tokens and the page behind them are all in float16.
             page = max(start - sinks, 0) // size
             behind = min(sinks + (page + 1) * size, stop)
             seen = slice(self._first_page(start) - first, page - first)
-            before, after = self._raw_runs(sinks + page * size, behind, keys, values)
+            before, after = self._raw_runs(sinks + page * size, behind, new)
             table = np.concatenate((before, codes[seen], after))
             of_codes = np.zeros((len(table), 2), np.int64)
             of_codes[len(before) : len(table) - len(after)] = parameters[seen]
@@ -202,46 +173,89 @@ class QuantizedLayer:
 
     def _first_page(self, position: int) -> int:
         """The oldest page that a query at `position` sees."""
-        return (self._layout.first_visible(position) - self._layout.sink_tokens) // self._layout.page_size
+        return (self.layout.first_visible(position) - self.layout.sink_tokens) // self.layout.page_size
 
-    def _raw_runs(
-        self, own: int, stop: int, keys: NDArray[Any], values: NDArray[Any]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _raw_runs(self, own: int, stop: int, new: NewTokens) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows of the table for the sink tokens, and for the float16 tokens from `own` to `stop`."""
-        sinks, length = self._layout.sink_tokens, self.length
-        stored = np.empty((self.raw.max_runs, RUN_FIELDS), np.int64)
-        stored = stored[: self.raw.list_runs(own, stored.ctypes.data)]
+        sinks, length = self.layout.sink_tokens, self.length
+        stored = np.empty((self.ring.max_runs, RUN_FIELDS), np.int64)
+        stored = stored[: self.ring.list_runs(own, stored.ctypes.data)]
         behind_sinks = int(np.searchsorted(stored[:, START], sinks))
-        new: list[list[tuple[int, ...]]] = [[], []]
-        for rows, begin, end in ((new[0], length, min(sinks, stop)), (new[1], max(own, length), stop)):
-            if begin < end and len(keys):
+        added: list[list[tuple[int, ...]]] = [[], []]
+        for rows, begin, end in ((added[0], length, min(sinks, stop)), (added[1], max(own, length), stop)):
+            if begin < end and len(new.keys):
                 taken = slice(begin - length, end - length)
-                rows.append(contiguous_run(keys[taken], values[taken], begin))
-        before, after = (np.array(rows, np.int64).reshape(-1, RUN_FIELDS) for rows in new)
+                rows.append(contiguous_run(new.keys[taken], new.values[taken], begin))
+        before, after = (np.array(rows, np.int64).reshape(-1, RUN_FIELDS) for rows in added)
         return np.concatenate((stored[:behind_sinks], before)), np.concatenate((stored[behind_sinks:], after))
 
-    def _codes(self, first: int, behind: int, closed: Closed) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _codes(self, first: int, behind: int, new: NewTokens) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows of the table, and of the parameters, of the pages of codes `first` to `behind`."""
         which = first, behind
-        if self._listed and self._listed[0] == which and not closed.pages:
+        if self._listed and self._listed[0] == which and not new.pages:
             return self._listed[1:]
         numbers = np.arange(first, behind)
-        pages = [
-            closed.pages[number - closed.first]
-            if closed.first <= number < closed.first + len(closed.pages)
-            else self._pages[number % self._layout.ring_slots]
+        addresses = [
+            self._table.pool.address(new.pages[number - new.first_page])
+            if new.first_page <= number < new.first_page + len(new.pages)
+            else self._table.address(self._slot(number))
             for number in range(first, behind)
         ]
-        keys = np.array([self._pool.address(page) for page in pages], np.int64)
-        size, shape = self._layout.page_size, self._format
-        table = np.empty((len(pages), RUN_FIELDS), np.int64)
+        keys = np.array(addresses, np.int64)
+        size, shape = self.layout.page_size, self.page_format
+        table = np.empty((len(keys), RUN_FIELDS), np.int64)
         table[:, 0], table[:, 1] = keys, keys + shape.kv_heads * shape.key_nbytes
-        table[:, START] = self._layout.sink_tokens + numbers * size
+        table[:, START] = self.layout.sink_tokens + numbers * size
         table[:, 3:] = size, shape.row_nbytes, shape.key_nbytes, shape.row_nbytes, shape.value_nbytes
         parameters = table[:, :2] + shape.codes_nbytes
-        if not closed.pages:
+        if not new.pages:
             self._listed = which, table, parameters
         return table, parameters
 
-    def _used_pages(self) -> list[int]:
-        return [page for page in self._pages if page != _NO_PAGE]
+    def _fill_pages(self, keys: NDArray[Any], values: NDArray[Any]) -> tuple[int, list[int]]:
+        """Quantize the pages that new tokens in float16 fill: number of the first, and all of them."""
+        sinks, size = self.layout.sink_tokens, self.layout.page_size
+        first, behind = (max(at - sinks, 0) // size for at in (self.length, self.length + len(keys)))
+        if first == behind:
+            return first, []
+        # The first of them may have begun in earlier steps, or in this one behind its sink tokens.
+        begin = sinks + first * size
+        whole = []
+        for old, new in zip(self.ring.read(min(begin, self.length), self.length), (keys, values), strict=True):
+            tokens = np.concatenate((old, new[max(begin - self.length, 0) :]))
+            whole.append(tokens[: (behind - first) * size].reshape(behind - first, size, *new.shape[1:]))
+        pool, pages = self._table.pool, list[int]()
+        try:
+            for content in self._quantizer.pack(self.page_format, *whole):
+                pages.append(pool.acquire())
+                pool.content(pages[-1])[:] = content
+        except MemoryError:
+            self._give_back(pages)
+            raise
+        return first, pages
+
+    def _give_back(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            self._table.pool.release(page)
+
+    def _page_start(self, position: int) -> int:
+        """The first position of a position's page; 0 among the sink tokens."""
+        sinks, size = self.layout.sink_tokens, self.layout.page_size
+        return sinks + (position - sinks) // size * size if position >= sinks else 0
+
+    def _slot(self, number: int) -> int:
+        """The slot of a page by its number behind the sink tokens."""
+        return number % self.layout.ring_slots
+
+
+def _stored(name: str, given: NDArray[Any]) -> NDArray[Any]:
+    """Round to float16, which must be finite."""
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(given, FLOAT16)
+    if not np.isfinite(stored).all():
+        row, head, _ = (int(axis[0]) for axis in np.nonzero(~np.isfinite(stored)))
+        raise ValueError(
+            f"{name} must be finite in float16 to be quantized, got {given[row, head].max()} or NaN "
+            f"among token {row}, head {head}"
+        )
+    return stored

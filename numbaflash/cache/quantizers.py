@@ -91,16 +91,31 @@ class Quantizer(ABC):
             head_dim=head_dim,
         )
 
-    def check_model(self, num_layers: int, kv_heads: int, head_dim: int) -> None:  # noqa: B027 (most fit any model)
-        """Raise ValueError where the quantizer was made for another model."""
+    @property
+    def folding(self) -> _Floats | None:
+        """Channel scales (num_layers, Hkv, D) that multiply keys and divide queries; None: there are none."""
+        return None
 
-    def fold_keys(self, layer: int, keys: NDArray[Any]) -> NDArray[Any]:  # noqa: ARG002 (most fold nothing)
-        """Return keys (..., Hkv, D) as the cache is to hold them."""
-        return keys
+    def check_model(self, num_layers: int, kv_heads: int, head_dim: int) -> None:
+        """Raise ValueError where the channel scales are of another model."""
+        if self.folding is not None and self.folding.shape != (num_layers, kv_heads, head_dim):
+            raise ValueError(
+                f"channel_scales must have shape (num_layers, Hkv, D) = {(num_layers, kv_heads, head_dim)}, "
+                f"got {self.folding.shape}"
+            )
 
-    def fold_queries(self, layer: int, queries: NDArray[Any]) -> NDArray[Any]:  # noqa: ARG002
+    def fold_keys(self, layer: int, keys: NDArray[Any]) -> NDArray[Any]:
+        """Return keys (..., Hkv, D) as the cache is to hold them: times channel scales float32, else themselves."""
+        return keys if self.folding is None else keys * self.folding[layer]
+
+    def fold_queries(self, layer: int, queries: NDArray[Any]) -> NDArray[Any]:
         """Return queries (..., Hq, D) as they are to meet what `fold_keys` returned."""
-        return queries
+        if self.folding is None:
+            return queries
+        kv_heads, head_dim = self.folding.shape[1:]
+        grouped = queries.reshape(*queries.shape[:-2], kv_heads, queries.shape[-2] // kv_heads, head_dim)
+        folded: NDArray[Any] = (grouped / self.folding[layer][:, None]).reshape(queries.shape)
+        return folded
 
     def pack(
         self, page_format: PageFormat, keys: NDArray[np.float16], values: NDArray[np.float16]
@@ -115,13 +130,12 @@ class Quantizer(ABC):
         )
 
     @abstractmethod
-    def fit(self, x: _Floats, top: int, *, by_channel: bool) -> tuple[_Floats, _Floats]:
+    def fit(self, x: _Floats, top: int) -> tuple[_Floats, _Floats]:
         """Choose scales and offsets, which will be rounded to float16.
 
         Args:
             x: (batch, size, groups), finite.
             top: Largest code; the smallest is 0.
-            by_channel: Whether a group is a channel over the tokens of a page, else elements of one token.
 
         Returns:
             (batch, groups) each. Where the quantizer is symmetric, offsets are not looked at.
@@ -142,7 +156,7 @@ class Quantizer(ABC):
             grouped = np.ascontiguousarray(x.reshape(pages, tokens, -1), np.float32)
         else:
             grouped = np.ascontiguousarray(x.reshape(-1, group).T[None], np.float32)
-        scales, offsets = _rounded(self.fit(grouped, 2**bits - 1, by_channel=group == 0))
+        scales, offsets = _rounded(self.fit(grouped, 2**bits - 1))
         codes, _ = _encode(grouped, 2**bits - 1, scales, None if self.symmetric else offsets)
         shape: tuple[int, ...] = (pages, kv_heads, head_dim)
         if group:
@@ -157,7 +171,7 @@ class GroupQuantizer(Quantizer):
 
     name: ClassVar[str] = "group"
 
-    def fit(self, x: _Floats, top: int, *, by_channel: bool) -> tuple[_Floats, _Floats]:  # noqa: ARG002
+    def fit(self, x: _Floats, top: int) -> tuple[_Floats, _Floats]:
         """Take the range; where symmetric, that of the magnitudes."""
         low, high = x.min(axis=1), x.max(axis=1)
         if self.symmetric:
@@ -176,20 +190,12 @@ class HQQQuantizer(Quantizer):
 
     name: ClassVar[str] = "hqq"
 
-    def fit(self, x: _Floats, top: int, *, by_channel: bool) -> tuple[_Floats, _Floats]:
+    def fit(self, x: _Floats, top: int) -> tuple[_Floats, _Floats]:
         """Improve on the range of each group; where the squared error has not fallen, keep it."""
-        first = GroupQuantizer(symmetric=self.symmetric).fit(x, top, by_channel=by_channel)
+        first = GroupQuantizer(symmetric=self.symmetric).fit(x, top)
         scales, offsets = (part.copy() for part in first)
-        middle = _middle(top) if self.symmetric else 0
-        half_quadratic(
-            x,
-            scales,
-            offsets,
-            np.float32(top),
-            np.float32(middle),
-            self.symmetric,
-            _ROUNDS,
-        )
+        middle = np.float32(_middle(top) if self.symmetric else 0)
+        half_quadratic(x, scales, offsets, np.float32(top), middle, self.symmetric, _ROUNDS)
         fits = [_rounded(fit) for fit in (first, (scales, offsets))]
         errors = [_encode(x, top, s, None if self.symmetric else o)[1] for s, o in fits]
         better = errors[1] < errors[0]
@@ -264,25 +270,10 @@ class AWQQuantizer(HQQQuantizer):
         ]
         return cls(group_size, symmetric, channel_scales=np.stack(scales))
 
-    def check_model(self, num_layers: int, kv_heads: int, head_dim: int) -> None:
-        """Raise ValueError where the channel scales are of another model."""
-        if self.channel_scales.shape != (num_layers, kv_heads, head_dim):
-            raise ValueError(
-                f"channel_scales must have shape (num_layers, Hkv, D) = {(num_layers, kv_heads, head_dim)}, "
-                f"got {self.channel_scales.shape}"
-            )
-
-    def fold_keys(self, layer: int, keys: NDArray[Any]) -> NDArray[Any]:
-        """Return keys times their channels' scales, float32."""
-        folded: NDArray[Any] = keys * self.channel_scales[layer]
-        return folded
-
-    def fold_queries(self, layer: int, queries: NDArray[Any]) -> NDArray[Any]:
-        """Return queries divided by their KV heads' channel scales, float32."""
-        kv_heads, head_dim = self.channel_scales.shape[1:]
-        grouped = queries.reshape(*queries.shape[:-2], kv_heads, queries.shape[-2] // kv_heads, head_dim)
-        folded: NDArray[Any] = (grouped / self.channel_scales[layer][:, None]).reshape(queries.shape)
-        return folded
+    @property
+    def folding(self) -> _Floats:
+        """The channel scales."""
+        return self.channel_scales
 
 
 _BY_NAME = {kind.name: kind for kind in (GroupQuantizer, HQQQuantizer, AWQQuantizer)}

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from ..cache.ring import RingKVCache, attention_batch
+from ..cache.batch import attention_batch
+from ..cache.ring import RingKVCache
 
 __all__ = ["RingCache", "ServiceCache", "Ticket"]
 

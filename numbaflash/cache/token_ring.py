@@ -1,0 +1,121 @@
+"""A ring of tokens as they are: written into pages through a page table, and read through it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cpu.paging import RING, gather_tokens, list_runs, scatter_tokens
+from .layout import RingLayout
+from .pages import PagePool, PageTable
+
+__all__ = ["TokenRing"]
+
+
+class TokenRing:
+    """The tokens of one layer that are no codes.
+
+    Args:
+        layout: Which of them are kept, and where.
+        pool: Pages of tokens, (2, kv_heads, page_size, head_dim).
+
+    Attributes:
+        length: Tokens seen.
+        intact: Oldest position, sink tokens apart, that has not been overwritten. Truncation does not bring back what
+            was overwritten, so this only grows.
+        dtype: Of the tokens.
+        kv_heads: Heads of keys and values.
+        head_dim: Elements of a key and of a value.
+    """
+
+    def __init__(self, layout: RingLayout, pool: PagePool) -> None:
+        self.length = 0
+        self.intact = layout.sink_tokens
+        self.dtype = pool.dtype
+        _, self.kv_heads, page_size, self.head_dim = pool.shape
+        self._layout = layout
+        self._table = PageTable(pool, layout.slots)
+        self._addresses = np.zeros(layout.slots, np.int64)
+        record = (
+            self._addresses.ctypes.data,
+            page_size,
+            layout.sink_tokens,
+            layout.sink_slots,
+            layout.ring_slots,
+            self.kv_heads,
+            self.head_dim * pool.dtype.itemsize,
+        )
+        self._record = np.array([record], RING)
+        self._record_address = self._record.ctypes.data
+
+    def fork(self) -> TokenRing:
+        """Return a twin that shares all pages."""
+        twin = TokenRing(self._layout, self._table.pool)
+        twin.length = self.length
+        twin.intact = self.intact
+        twin._table = self._table.fork()
+        twin._addresses[:] = self._addresses
+        return twin
+
+    def release(self) -> None:
+        """Give all pages back."""
+        self._table.release()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages in use."""
+        return self._table.nbytes
+
+    def write(self, keys: NDArray[Any], values: NDArray[Any]) -> None:
+        """Append tokens, (T, Hkv, D) each; all pages that takes are had before the first byte is written."""
+        start, stop = self.length, self.length + len(keys)
+        sinks = self._layout.sink_tokens
+        # What comes before would be overwritten by the same step.
+        kept = max(start, stop - self._layout.ring_tokens, sinks)
+        pieces = [(start, min(stop, sinks)), (kept, stop)] if start < sinks else [(kept, stop)]
+        self._own([slot for piece in pieces for slot in self._layout.slots_between(*piece)])
+        for first, behind in pieces:
+            self._copy(scatter_tokens, first, behind, keys[first - start :], values[first - start :])
+        self.length = stop
+        self.intact = max(self.intact, stop - self._layout.ring_tokens)
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Return copies of the tokens `start` to `stop`: (2, tokens, Hkv, D)."""
+        tokens = np.empty((2, stop - start, self.kv_heads, self.head_dim), self.dtype)
+        self._copy(gather_tokens, start, stop, *tokens)
+        return tokens
+
+    @property
+    def max_runs(self) -> int:
+        """Rows that `list_runs` may write."""
+        return self._layout.slots + 2
+
+    def list_runs(self, start: int, table_address: int) -> int:
+        """Write the sink tokens and the ring tokens from `start` on as rows of `KVRuns.table`; return their number."""
+        rows: int = list_runs(self._record_address, start, self.length, table_address)
+        return rows
+
+    def _copy(self, copy: Any, start: int, stop: int, keys: NDArray[Any], values: NDArray[Any]) -> None:
+        places = (keys.ctypes.data, *keys.strides[:2], values.ctypes.data, *values.strides[:2])
+        copy(self._record_address, start, stop, *places)
+
+    def _own(self, slots: list[int]) -> None:
+        """See that every slot has a page which nobody else sees; nothing has changed when that fails."""
+        pool = self._table.pool
+        fresh: dict[int, int] = {}
+        try:
+            for slot in slots:
+                page = self._table[slot]
+                if slot not in fresh and (page is None or pool.is_shared(page)):
+                    fresh[slot] = pool.acquire()
+        except MemoryError:
+            for page in fresh.values():
+                pool.release(page)
+            raise
+        for slot, page in fresh.items():
+            if self._table[slot] is not None:
+                pool.content(page)[:] = self._table.content(slot)
+            self._table[slot] = page
+            self._addresses[slot] = pool.address(page)
