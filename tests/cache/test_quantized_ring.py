@@ -61,6 +61,30 @@ def test_a_step_that_fails_leaves_the_cache_and_its_pages_as_they_were(monkeypat
     np.testing.assert_array_equal(cache.attend(0, tokens(5, 4)), before)
 
 
+@pytest.mark.parametrize("pool", [0, 1])
+def test_a_page_that_cannot_be_had_leaves_the_cache_and_its_pages_as_they_were(monkeypatch, pool):
+    cache = cache_of()
+    fill(cache, 2)
+    before, held = cache.attend(0, tokens(2, 4)), [one.nbytes for one in cache.pools]
+    acquire, calls = cache.pools[pool].acquire, []
+
+    def fail_on_second():
+        calls.append(None)
+        if len(calls) == 2:
+            raise MemoryError
+        return acquire()
+
+    for call in (lambda *new: cache.append(0, *new), lambda *new: cache.step(0, tokens(40, 4), *new)):
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(cache.pools[pool], "acquire", fail_on_second)
+            with pytest.raises(MemoryError):
+                call(tokens(40), tokens(40))
+        assert cache.length(0) == 2
+        assert [one.nbytes for one in cache.pools] == held
+    np.testing.assert_array_equal(cache.attend(0, tokens(2, 4)), before)
+
+
 def test_bytes_are_what_the_shape_says():
     cache = cache_of()
     one = layer_nbytes(2, 32, cache.layout, "int4", "group")
