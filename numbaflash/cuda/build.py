@@ -1,21 +1,22 @@
 """Builds kernels for any target, without a GPU, and keeps them on disk.
 
-Numba makes PTX of a kernel, ptxas (of the wheel nvidia-cuda-nvcc) machine code of the PTX, and says what it takes. A
-build is found again by all that it depends on: this package's sources, the kernel's description, the target and the
-versions of the tools.
+Numba makes PTX of a kernel, ptxas machine code of the PTX, and says what it takes. A build is found again by all that
+it depends on: the kernel's sources, its description, the target and the versions of the tools.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
-import importlib.util
+import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,9 +24,9 @@ from typing import Any, Protocol
 
 from numba import cuda
 
-from numbaflash.user_cache import cache_directory
+from .tools import find_tool
 
-__all__ = ["Build", "Buildable", "Usage", "build", "disassemble"]
+__all__ = ["Build", "Buildable", "Usage", "build", "cache_directory", "disassemble"]
 
 # At its first level ptxas keeps to the order of loads and MMAs that the kernels are written in, and spills nothing. At
 # its third it hoists loads until it must spill: 4 to 36 bytes in 6 of 8 variants of flash_v2, and 0.2 more instructions
@@ -104,6 +105,14 @@ def build(description: Buildable, cc: tuple[int, int]) -> Build:
     return built
 
 
+def cache_directory() -> Path:
+    """Return where builds are kept: $NUMBAFLASH_CACHE_DIR, or numbaflash in the user's cache directory."""
+    own = os.environ.get("NUMBAFLASH_CACHE_DIR")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numbaflash"
+
+
 def disassemble(cubin: bytes) -> str:
     """Return the machine code of a cubin as cuobjdump lists it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -153,15 +162,11 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@functools.cache
 def _tool(name: str) -> str:
-    """Return the path of a tool of NVIDIA's wheels; one of the system may not know the PTX that the wheels write."""
-    wheels = importlib.util.find_spec("nvidia")
-    for root in (wheels and wheels.submodule_search_locations) or ():
-        for path in sorted(Path(root).glob(f"cu*/bin/{name}*"), reverse=True):
-            if path.stem == name:
-                return str(path)
-    raise RuntimeError(f"{name} is missing; pip install 'numbaflash[cuda]' brings it")
+    path = find_tool(name)
+    if path is None:
+        raise RuntimeError(f"{name} is missing; pip install 'numbaflash[cuda]' brings it")
+    return path
 
 
 # ---- on disk
@@ -169,14 +174,31 @@ def _tool(name: str) -> str:
 
 @functools.cache
 def _toolchain() -> str:
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    versions = [version(name) for name in ("numba", "numba-cuda", "llvmlite", "nvidia-cuda-nvcc")]
-    return repr((digest, versions, _PTXAS_OPTIONS))
+    versions = [version(name) for name in ("numba", "numba-cuda", "llvmlite")]
+    return repr((versions, _run(_tool("ptxas"), "--version").stdout, _PTXAS_OPTIONS))
+
+
+@functools.cache
+def _sources(start: Path) -> str:
+    """Return a digest of a file and of all that it imports from its own package, directly or not."""
+    found, waiting = {start}, [start]
+    while waiting:
+        new = set(_imports(waiting.pop())) - found
+        found |= new
+        waiting += new
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(found))).hexdigest()
+
+
+def _imports(path: Path) -> Iterator[Path]:
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            for name in [node.module] if node.module else [alias.name for alias in node.names]:
+                yield path.with_name(f"{name}.py")
 
 
 def _key(description: Buildable, cc: tuple[int, int]) -> str:
-    return hashlib.sha256(f"{_toolchain()} {description!r} {cc}".encode()).hexdigest()[:32]
+    depends_on = (_sources(Path(__file__)), _sources(Path(inspect.getfile(type(description)))), _toolchain())
+    return hashlib.sha256(f"{depends_on} {description!r} {cc}".encode()).hexdigest()[:32]
 
 
 def _read(directory: Path) -> Build | None:

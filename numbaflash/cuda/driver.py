@@ -8,8 +8,10 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
+
+from .tools import find_tool
 
 __all__ = [
     "LEAST_COMPUTE_CAPABILITY",
@@ -24,9 +26,6 @@ __all__ = [
 
 LEAST_COMPUTE_CAPABILITY = (8, 0)
 """What the kernels need: `cp.async`, and the MMAs of bfloat16 and TF32."""
-
-# What builds them, of the extra `cuda`.
-_COMPILERS = ("numba-cuda", "nvidia-cuda-nvcc")
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,8 @@ def find_usable_gpu() -> tuple[Gpu | None, str]:
         return None, "{} has compute capability {}.{}; the kernels need 8.0 or newer".format(
             gpu.name, *gpu.compute_capability
         )
-    absent = [package for package in _COMPILERS if _version(package) is None]
+    compilers = {"numba-cuda": find_spec("numba_cuda"), "ptxas": find_tool("ptxas")}  # of the extra `cuda`
+    absent = [name for name, found in compilers.items() if not found]
     if absent:
         return None, f"{gpu.name} is there, but {' and '.join(absent)} not: pip install 'numbaflash[cuda]'"
     return gpu, f"there is a GPU for it: {gpu.name}"
@@ -109,10 +109,3 @@ def checked(returned: Any) -> Any:
     if code:
         raise RuntimeError(f"the CUDA driver returned {code.name}")
     return values[0] if values else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

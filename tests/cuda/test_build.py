@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 from numba import cuda, int64, types
 
 from numbaflash.cuda import build as module
-from numbaflash.cuda.build import build, disassemble
+from numbaflash.cuda.build import build, cache_directory, disassemble
 from numbaflash.cuda.sass import hot_loop, parse
+from numbaflash.cuda.tools import find_tool
 
 
 class Store:
@@ -80,12 +84,43 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     build.cache_clear()
 
 
+def test_the_cache_is_the_users_own_unless_named(monkeypatch, tmp_path):
+    monkeypatch.delenv("NUMBAFLASH_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / "numbaflash"
+
+
 def test_a_missing_tool_is_named_with_what_brings_it(monkeypatch):
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
-    module._tool.cache_clear()
-    with pytest.raises(RuntimeError, match=r"ptxas is missing; pip install 'numbaflash\[cuda\]'"):
-        module._tool("ptxas")
-    module._tool.cache_clear()
+    monkeypatch.setattr(module, "find_tool", lambda _: None)
+    with pytest.raises(RuntimeError, match=r"cuobjdump is missing; pip install 'numbaflash\[cuda\]'"):
+        disassemble(b"")
+
+
+@pytest.fixture
+def no_wheels(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    find_tool.cache_clear()
+    yield
+    find_tool.cache_clear()
+
+
+@pytest.mark.usefixtures("no_wheels")
+def test_tools_of_the_system_serve_where_there_are_no_wheels(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert find_tool("no-such-tool") is None
+    tool = tmp_path / "bin" / "cuobjdump"
+    tool.parent.mkdir()
+    tool.write_text("")
+    tool.chmod(0o755)
+    assert find_tool("cuobjdump") == str(tool)
+
+
+def test_a_build_depends_on_what_its_kernel_imports_and_on_nothing_else():
+    kernels = Path(module.__file__).parent
+    imported = set(module._imports(kernels / "flash_v2.py"))
+    assert {kernels / "epilogue.py", kernels / "shapes.py"} <= imported
+    assert kernels / "inspection.py" not in imported
 
 
 @pytest.mark.usefixtures("own_cache")
