@@ -19,7 +19,8 @@ from .build import Build, build, disassemble
 from .device import Dimensions, EmulatedDevice
 from .issue_model import tensor_share
 from .occupancy import TARGETS, Occupancy, occupancy
-from .sass import Instruction, fast_path, hot_loop, parse, pipe_cycles, tensor_instructions
+from .pipes import pipe_cycles
+from .sass import Instruction, fast_path, hot_loop, parse, tensor_instructions
 from .solve import ALGORITHMS, Launchable, Queue, check_solvable, solve
 
 __all__ = ["BIASES", "FLASH_ATTENTION_2", "HotLoop", "KernelFacts", "Peer", "inspect"]
@@ -39,7 +40,7 @@ class HotLoop:
         instructions: Of one round.
         mmas: Tensor core instructions among them.
         usual_instructions: Of a round that takes no forward branch's rare path: no row's maximum is raised.
-        cycles_per_mma: By pipe of `sass.pipe_cycles`, at the rates of compute capability 8.0; "issue" is instructions.
+        cycles_per_mma: By pipe of `pipes.pipe_cycles`, at the target's rates; "issue" is instructions.
         mix: Instructions by opcode.
         warps: Resident warps of a sub-partition that the model ran.
         tensor_share: Share of cycles in which the tensor cores work on a usual round, by the issue model.
@@ -97,7 +98,7 @@ class KernelFacts:
 class Peer:
     """The same figures of FlashAttention-2's kernel.
 
-    From the machine code in PyTorch 2.14's wheel, float16, sm_80, read by the same `sass` and `issue_model`.
+    From the machine code in PyTorch 2.14's wheel, float16, sm_80, read by the same `pipes` and `issue_model`.
 
     Attributes:
         instructions: Of a round of its loop.
@@ -226,7 +227,7 @@ def _facts(cc: tuple[int, int], kernel: Launchable, built: Build, report: Report
         shared_bytes=kernel.shared_bytes,
         occupancy=resident,
         instructions=len(code),
-        loop=_loop(code, warps) if _has_hot_loop(code) else None,
+        loop=_loop(code, cc, warps) if _has_hot_loop(code) else None,
         bank_conflicts=report.bank_conflicts,
         shared_wavefronts=sum(access.wavefronts for access in report.shared),
         sectors=sum(access.sectors for access in report.global_),
@@ -244,15 +245,15 @@ def _has_hot_loop(code: list[Instruction]) -> bool:
     return True
 
 
-def _loop(code: list[Instruction], warps: int) -> HotLoop:
+def _loop(code: list[Instruction], cc: tuple[int, int], warps: int) -> HotLoop:
     loop = hot_loop(code)
     usual, mmas = fast_path(loop), tensor_instructions(loop)
     return HotLoop(
         instructions=len(loop),
         mmas=mmas,
         usual_instructions=len(usual),
-        cycles_per_mma={pipe: cycles / mmas for pipe, cycles in pipe_cycles(loop).items()},
+        cycles_per_mma={pipe: cycles / mmas for pipe, cycles in pipe_cycles(loop, cc).items()},
         mix=dict(Counter(instruction.name for instruction in loop).most_common()),
         warps=warps,
-        tensor_share=tensor_share(usual, warps=warps),
+        tensor_share=tensor_share(usual, cc, warps),
     )

@@ -1,11 +1,13 @@
-"""An issue-level model of one sub-partition of an A100's SM, to tune kernels by without an A100.
+"""An issue-level model of one sub-partition of an SM, to tune kernels by without the GPU.
 
 It runs a hot loop as a few resident warps would: each issues in order and obeys the control bits that ptxas wrote into
 every instruction (stall counts and scoreboards), each pipe takes an instruction only every so many cycles. Launch, tail
-and memory are not in it. It has ranked FlashAttention-2's kernels as they are published to run (0.757 for 0.72 of peak
-at head dim 128, 0.637 for 0.58 at 64 under a causal mask): read it as a ratio between kernels, never as a measurement.
+and memory are not in it. It has ranked FlashAttention-2's kernels as they are published to run on an A100 (0.757 for
+0.72 of peak at head dim 128, 0.637 for 0.58 at 64 under a causal mask): read it as a ratio between kernels, never as a
+measurement. For other GPUs than that nothing is known of how well it ranks.
 
-Rates are `sass.pipe_of`'s. Latencies are published microbenchmarks of GA100, rounded.
+Rates are `pipes.pipe_of`'s. Latencies that ptxas leaves to scoreboards are published microbenchmarks of GA100, rounded,
+whatever the GPU: two resident warps hide most of them.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from .sass import Instruction, pipe_of
+from .pipes import pipe_of
+from .sass import Instruction
 
 __all__ = ["tensor_share"]
 
@@ -33,18 +36,21 @@ _OTHER_LATENCY = 20
 _OPERANDS_READ = 12
 
 
-def tensor_share(loop: Sequence[Instruction], warps: int = 2, iterations: int = 24, skew: int = 37) -> float:
+def tensor_share(
+    loop: Sequence[Instruction], cc: tuple[int, int], warps: int = 2, iterations: int = 24, skew: int = 37
+) -> float:
     """Return the share of cycles in which the tensor pipe works while `warps` warps run the loop.
 
     Args:
-        loop: Straight-line code that each warp repeats.
+        loop: Straight-line code that each warp repeats, built for `cc`.
+        cc: Compute capability, one of `pipes.RATES`.
         warps: Resident warps of the sub-partition: as many as resident blocks of 128 threads.
         iterations: Rounds of each warp.
         skew: Cycles between the starts of two warps, for no two blocks of an SM run in step. The share varies by some
             hundredths with it; a difference between two kernels that does not survive other skews is none.
     """
     length, total = len(loop), len(loop) * iterations
-    pipes = [pipe_of(instruction.opcode) for instruction in loop]
+    pipes = [pipe_of(instruction.opcode, cc) for instruction in loop]
     latencies = [_LATENCY.get(instruction.name, _OTHER_LATENCY) for instruction in loop]
     position = [0] * warps
     ready = [skew * warp for warp in range(warps)]

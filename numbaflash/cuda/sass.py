@@ -1,18 +1,12 @@
-"""Reads the machine code of a kernel (`cuobjdump -sass`) and says what its hot loop asks of each pipe.
-
-The rates are those of compute capability 8.0 for one of an SM's four sub-partitions (CUDA C++ Programming Guide,
-"Throughput of Native Arithmetic Instructions"): what is counted is a fact of the code, how many cycles that takes on
-another GPU is not.
-"""
+"""Reads the machine code of a kernel (`cuobjdump -sass`) and finds its hot loop."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Instruction", "fast_path", "hot_loop", "parse", "pipe_cycles", "pipe_of", "tensor_instructions"]
+__all__ = ["Instruction", "fast_path", "hot_loop", "parse", "tensor_instructions"]
 
 _LINE = re.compile(
     r"\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@(?P<predicate>!?U?P[T\d]+)\s+)?(?P<opcode>[A-Z][A-Z0-9_.]*)\s*"
@@ -20,9 +14,6 @@ _LINE = re.compile(
 )
 _UPPER_HALF = re.compile(r"\s+/\* 0x([0-9a-f]{16}) \*/")
 _TARGET = re.compile(r"0x([0-9a-f]+)")
-
-_FMA = {"FFMA", "FMUL", "FADD", "IMAD", "HFMA2", "HADD2", "HMUL2"}
-_MISC = {"BRA", "BAR", "DEPBAR", "LDGDEPBAR", "NOP", "WARPSYNC", "BSSY", "BSYNC", "CALL", "RET", "EXIT"}
 
 
 @dataclass(frozen=True)
@@ -129,42 +120,3 @@ def fast_path(loop: Sequence[Instruction]) -> list[Instruction]:
         if target is not None and instruction.address < target <= loop[-1].address:
             resume = target
     return path
-
-
-def pipe_of(opcode: str) -> tuple[str, int]:
-    """Return the pipe that an instruction uses and for how many cycles: tensor, fma, alu, mufu, smem or misc.
-
-    HMMA.16816 takes 8 cycles (256 multiply-adds per cycle; in TF32, half of that, 8 for its 1688), FP32 and
-    integers 2 (16 lanes), the special functions 8 (4 lanes); the shared-memory pipe serves four sub-partitions: its 4
-    wavefronts of an LDSM.x4 take 16.
-    """
-    name, *modifiers = opcode.split(".")
-    if name == "HMMA":
-        return "tensor", 8 if {"16816", "TF32"} & set(modifiers) else 4
-    if name in _FMA:
-        return "fma", 1 if name.startswith("H") else 2
-    if name == "MUFU":
-        return "mufu", 8
-    if name == "LDSM":
-        return "smem", 16 if "4" in modifiers else 8 if "2" in modifiers else 4
-    if name in ("LDS", "STS"):
-        return "smem", 16 if "128" in modifiers else 8 if "64" in modifiers else 4
-    if name == "LDGSTS":
-        return "smem", 16
-    if name in ("SHFL", "LDL", "STL"):
-        return "smem", 4
-    if name.startswith("U") or name in _MISC:
-        return "misc", 1
-    return "alu", 2
-
-
-def pipe_cycles(code: Sequence[Instruction]) -> Counter[str]:
-    """Return the cycles that straight-line code keeps each pipe busy, and "issue", one for each instruction.
-
-    Copies from global to shared memory stand apart, as "copy": "smem" is what fragments and spills cost.
-    """
-    cycles: Counter[str] = Counter(issue=len(code))
-    for instruction in code:
-        pipe, busy = pipe_of(instruction.opcode)
-        cycles["copy" if instruction.name == "LDGSTS" else pipe] += busy
-    return cycles

@@ -8,7 +8,8 @@ from flash import AMPERE, machine_code
 from numbaflash.cuda.build import build
 from numbaflash.cuda.flash_v2 import FlashV2
 from numbaflash.cuda.issue_model import tensor_share
-from numbaflash.cuda.sass import fast_path, hot_loop, pipe_cycles, tensor_instructions
+from numbaflash.cuda.pipes import pipe_cycles
+from numbaflash.cuda.sass import fast_path, hot_loop, tensor_instructions
 from numbaflash.cuda.scoring import Scoring
 from numbaflash.cuda.variant import Variant
 
@@ -34,7 +35,7 @@ def test_instructions_per_mma_stay_within_their_budget(head_dim, scoring):
 @pytest.mark.parametrize(("head_dim", "scoring"), HOT)
 def test_the_issue_model_sees_the_tensor_cores_busy(head_dim, scoring):
     # The loop as it runs where no maximum is raised, which is nearly always.
-    assert tensor_share(fast_path(loop_of(head_dim, scoring)), warps=2) >= {128: 0.79, 64: 0.76}[head_dim]
+    assert tensor_share(fast_path(loop_of(head_dim, scoring)), AMPERE, warps=2) >= {128: 0.79, 64: 0.76}[head_dim]
 
 
 @pytest.mark.parametrize("scoring", [PLAIN, CAUSAL])
@@ -49,13 +50,13 @@ def test_blocks_that_all_rows_see_whole_pay_for_no_option_and_no_mask(scoring):
 def test_float32_on_tensor_cores_is_ahead_of_the_best_that_ffma_could_do(head_dim, share):
     loop = hot_loop(machine_code(Variant(head_dim, head_dim, "float32", CAUSAL)))
     # Of 156 / 3 TFLOP/s on an A100; all that it has of FFMA is 19.5, as much as a share of 0.375.
-    assert tensor_share(fast_path(loop), warps=2) >= share
+    assert tensor_share(fast_path(loop), AMPERE, warps=2) >= share
 
 
 @pytest.mark.parametrize("scoring", [PLAIN, CAUSAL])
 def test_fragments_are_loaded_for_two_mmas_each(scoring):
     loop = loop_of(128, scoring)
-    assert pipe_cycles(loop)["smem"] / tensor_instructions(loop) <= 5.25
+    assert pipe_cycles(loop, AMPERE)["smem"] / tensor_instructions(loop) <= 5.25
 
 
 def spilled(head_dim, scoring, dtype="bfloat16"):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 
 from numbaflash.cuda.issue_model import tensor_share
-from numbaflash.cuda.sass import fast_path, hot_loop, parse, pipe_cycles, pipe_of, tensor_instructions
+from numbaflash.cuda.occupancy import TARGETS
+from numbaflash.cuda.pipes import RATES, pipe_cycles, pipe_of
+from numbaflash.cuda.sass import fast_path, hot_loop, parse, tensor_instructions
 
+AMPERE, HOPPER = (8, 0), (9, 0)
 NO_BARRIER = 7
 
 
@@ -61,13 +64,18 @@ def test_the_fast_path_leaves_out_what_a_forward_branch_skips():
     assert [i.name for i in fast_path(hot_loop(parse(LOOP)))] == ["LDSM", "HMMA", "HMMA", "BRA", "BRA"]
 
 
-def test_pipes_are_charged_by_the_rates_of_8_0():
-    cycles = pipe_cycles(parse(LOOP))
-    assert cycles == {"issue": 9, "tensor": 16, "smem": 16, "fma": 4, "alu": 2, "misc": 3}
+@pytest.mark.parametrize(("cc", "tensor", "fma"), [(AMPERE, 16, 4), ((8, 6), 32, 2), ((8, 9), 32, 2), (HOPPER, 12, 2)])
+def test_pipes_are_charged_by_the_rates_of_the_target(cc, tensor, fma):
+    cycles = pipe_cycles(parse(LOOP), cc)
+    assert cycles == {"issue": 9, "tensor": tensor, "smem": 16, "fma": fma, "alu": 2, "misc": 3}
+
+
+def test_every_target_has_rates():
+    assert RATES.keys() == TARGETS.keys()
 
 
 def test_an_mma_in_tf32_takes_twice_as_long_as_one_of_its_size_in_float16():
-    assert [pipe_of(f"HMMA.{kind}") for kind in ("16816.F32", "1688.F32", "1688.F32.TF32")] == [
+    assert [pipe_of(f"HMMA.{kind}", AMPERE) for kind in ("16816.F32", "1688.F32", "1688.F32.TF32")] == [
         ("tensor", 8),
         ("tensor", 4),
         ("tensor", 8),
@@ -76,16 +84,17 @@ def test_an_mma_in_tf32_takes_twice_as_long_as_one_of_its_size_in_float16():
 
 def test_copies_stand_apart_from_fragments():
     code = parse(listing(("LDGSTS.E.BYPASS.128 [R1], [R2.64]", 1), ("STS [R1], R2", 1)))
-    assert pipe_cycles(code) == {"issue": 2, "copy": 16, "smem": 4}
+    assert pipe_cycles(code, AMPERE) == {"issue": 2, "copy": 16, "smem": 4}
 
 
-def test_back_to_back_mmas_keep_the_tensor_pipe_full():
-    assert tensor_share(parse(listing(*[HMMA] * 50)), warps=1) == pytest.approx(1, abs=0.01)
+@pytest.mark.parametrize("cc", [AMPERE, (8, 6)])
+def test_back_to_back_mmas_keep_the_tensor_pipe_full(cc):
+    assert tensor_share(parse(listing(*[HMMA] * 50)), cc, warps=1) == pytest.approx(1, abs=0.01)
 
 
 def test_one_warp_waits_for_its_load_and_a_second_fills_the_gap():
     loop = parse(listing(("LDSM.16.M88.4 R4, [R12]", 1, 0, 0), ("HMMA.16816.F32 R0, R4, R8, R0", 8, 7, 1), *[HMMA] * 5))
-    alone, together = tensor_share(loop, warps=1), tensor_share(loop, warps=2)
+    alone, together = tensor_share(loop, AMPERE, warps=1), tensor_share(loop, AMPERE, warps=2)
     # 33 cycles of latency and 16 of the pipe before 48 cycles of MMAs.
     assert alone == pytest.approx(48 / (49 + 48), abs=0.01)
     assert together > 1.8 * alone
