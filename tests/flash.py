@@ -1,4 +1,7 @@
-"""The kernels on the emulated device, from NumPy arrays to NumPy arrays, and what they are measured against."""
+"""The kernels from NumPy arrays to NumPy arrays, and what they are measured against.
+
+They run on a GPU where there is one, else on the emulator; what a launch costs is counted on the emulator.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from oracle import expected
 
 from numbaflash.cuda.build import build, disassemble
 from numbaflash.cuda.device import EmulatedDevice
+from numbaflash.cuda.driver import find_usable_gpu
 from numbaflash.cuda.flash_v2 import FlashV2
+from numbaflash.cuda.gpu import cuda_device
 from numbaflash.cuda.sass import parse
 from numbaflash.cuda.solve import Queue, solve
 from numbaflash.emulator import Report
@@ -26,13 +31,19 @@ def machine_code(variant, cc=AMPERE):
 
 
 @cache
-def device():
+def emulated_device():
     return EmulatedDevice(AMPERE)
+
+
+@cache
+def device():
+    gpu, _ = find_usable_gpu()
+    return emulated_device() if gpu is None else cuda_device(gpu.ordinal)
 
 
 @dataclass(frozen=True)
 class CountingQueue(Queue):
-    """A queue that keeps what each of its launches would have cost the hardware."""
+    """A queue of an emulated device that keeps what each of its launches would have cost the hardware."""
 
     reports: list[Report] = field(default_factory=list)
 
@@ -42,9 +53,20 @@ class CountingQueue(Queue):
 
 
 def solved(q, k, v, *, algorithm="v2", **options):
-    """Return the output, the log-sum-exp and the counts of each launch."""
+    """Return the output and the log-sum-exp."""
+    with device().current():
+        return _results(Queue(device(), device().default_stream), q, k, v, algorithm, options)
+
+
+def counted(q, k, v, *, algorithm="v2", **options):
+    """Return the counts of each launch."""
+    queue = CountingQueue(emulated_device(), emulated_device().default_stream)
+    _results(queue, q, k, v, algorithm, options)
+    return queue.reports
+
+
+def _results(queue, q, k, v, algorithm, options):
     problem = describe(q, k, v, **options)
-    queue = CountingQueue(device(), device().default_stream)
     results = (
         np.zeros((*q.shape[:3], v.shape[3]), q.dtype),
         np.zeros((problem.batch, problem.q_heads, problem.q_tokens), np.float32),
@@ -53,13 +75,7 @@ def solved(q, k, v, *, algorithm="v2", **options):
     solve(queue, problem, q, k, v, *placed, algorithm)
     for array, result in zip(placed, results, strict=True):
         queue.fetch(array, result)
-    return *results, queue.reports
-
-
-def attention(q, k, v, **options):
-    """Return the output, the log-sum-exp and the counts of the one launch of FlashAttention-2."""
-    out, lse, (counts,) = solved(q, k, v, **options)
-    return out, lse, counts
+    return results
 
 
 def straightforward(q, k, v, **options):
@@ -104,7 +120,7 @@ def assert_as_good_as_straightforward(q, k, v, *, algorithm="v2", **options):
     And a last place of float32: of a single key the straightforward result is exact, while V in two TF32 numbers has 23
     of its 24 bits. (Rounding to 16 bits hides as much.)
     """
-    out, lse, _ = solved(q, k, v, algorithm=algorithm, **options)
+    out, lse = solved(q, k, v, algorithm=algorithm, **options)
     want, want_lse = expected(q, k, v, **options)
     plain = straightforward(q, k, v, **options).astype(np.float64)
     error, allowed = (np.abs(x - want).max(initial=0) for x in (out.astype(np.float64), plain))

@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
-from flash import AMPERE, assert_as_good_as_straightforward, solved
+from flash import AMPERE, assert_as_good_as_straightforward, counted, solved
 from problems import options_for, problem
 
 from numbaflash.cuda.arguments import PARAMETERS
@@ -65,7 +65,7 @@ def test_float32_is_as_good_as_float32(head_dim, name):
 def test_keys_beyond_their_length_are_never_read():
     q, k, v = problem(batch=2, kv_tokens=150)
     k[1, 90:], v[1, 90:] = np.nan, np.nan
-    out, _, _ = solved(q, k, v, algorithm="v1", kv_lengths=[150, 90])
+    out, _ = solved(q, k, v, algorithm="v1", kv_lengths=[150, 90])
     assert np.isfinite(out).all()
 
 
@@ -83,19 +83,19 @@ def test_a_long_row_of_blocks_rounds_no_worse():
 
 def test_a_row_without_keys_is_zero_and_its_sum_is_the_sinks_alone():
     q, k, v = problem(q_tokens=90, kv_tokens=20)
-    out, lse, _ = solved(q, k, v, algorithm="v1", causal=True)
+    out, lse = solved(q, k, v, algorithm="v1", causal=True)
     assert not out[:, :70].any()
     assert np.isneginf(lse[:, :, :70]).all()
     sinks = np.float32([0.5, -3])
-    out, lse, _ = solved(q, k[:, :0], v[:, :0], algorithm="v1", sink_logits=sinks)
+    out, lse = solved(q, k[:, :0], v[:, :0], algorithm="v1", sink_logits=sinks)
     assert not out.any()
     np.testing.assert_allclose(lse, np.broadcast_to(sinks[:, None], lse.shape), rtol=1e-6)
 
 
 def test_a_query_tile_passes_only_the_blocks_that_it_sees():
     q, k, v = problem(q_tokens=1024, kv_tokens=1024)
-    _, _, (full,) = solved(q, k, v, algorithm="v1")
-    _, _, (windowed,) = solved(q, k, v, algorithm="v1", causal=True, window=(63, None))
+    (full,) = counted(q, k, v, algorithm="v1")
+    (windowed,) = counted(q, k, v, algorithm="v1", causal=True, window=(63, None))
     # 16 tiles see the block of 256 keys that they stand in, and the 3 that begin one the block before it as well.
     assert windowed.instructions["tensor"] * 64 == full.instructions["tensor"] * 19
 
@@ -103,7 +103,7 @@ def test_a_query_tile_passes_only_the_blocks_that_it_sees():
 @pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float16"), (128, "float16"), (64, "float32")])
 def test_no_shared_access_loses_a_wavefront_and_every_sector_is_used_whole(head_dim, dtype):
     q, k, v = problem(q_tokens=128, kv_tokens=512, head_dim=head_dim, dtype=dtype)
-    _, _, (counts,) = solved(q, k, v, algorithm="v1")
+    (counts,) = counted(q, k, v, algorithm="v1")
     assert counts.bank_conflicts == 0
     assert counts.local_bytes == 0
     assert all(access.efficiency == 1 for access in counts.global_)

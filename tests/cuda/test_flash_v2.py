@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
-from flash import AMPERE, assert_as_good_as_straightforward, attention
+from flash import AMPERE, assert_as_good_as_straightforward, counted, solved
 from problems import options_for, problem
 
 from numbaflash.cuda.arguments import PARAMETERS
@@ -80,7 +80,7 @@ def test_every_option_holds_at_every_shape(dims, name):
 def test_keys_beyond_their_length_are_never_read():
     q, k, v = problem(batch=2, kv_tokens=150)
     k[1, 90:], v[1, 90:] = np.nan, np.nan
-    out, _, _ = attention(q, k, v, kv_lengths=[150, 90])
+    out, _ = solved(q, k, v, kv_lengths=[150, 90])
     assert np.isfinite(out).all()
 
 
@@ -96,7 +96,7 @@ def test_a_bias_of_minus_infinity_hides_a_key_whatever_it_holds():
     k[:, 10] = np.nan
     bias = np.zeros((16, 96), np.float32)
     bias[:, 10] = -np.inf
-    out, _, _ = attention(q, k, v, bias=bias)
+    out, _ = solved(q, k, v, bias=bias)
     assert np.isfinite(out).all()
 
 
@@ -108,26 +108,26 @@ def test_arguments_are_named_in_the_kernels_own_order():
 @pytest.mark.parametrize(("q_tokens", "kv_tokens"), [(5, 0), (300, 1)])
 def test_a_row_without_keys_is_zero_and_its_sum_is_the_sinks_alone(q_tokens, kv_tokens):
     q, k, v = problem(batch=2, q_tokens=q_tokens, kv_tokens=kv_tokens)
-    out, lse, _ = attention(q, k, v, causal=True)
+    out, lse = solved(q, k, v, causal=True)
     empty = slice(0, q_tokens - kv_tokens)
     assert not out[:, empty].any()
     assert np.isneginf(lse[:, :, empty]).all()
     sinks = np.float32([0.5, -3])
-    out, lse, _ = attention(q, k, v, causal=True, sink_logits=sinks)
+    out, lse = solved(q, k, v, causal=True, sink_logits=sinks)
     assert not out[:, empty].any()
     np.testing.assert_allclose(lse[:, :, empty], np.broadcast_to(sinks[:, None], lse[:, :, empty].shape), rtol=1e-6)
 
 
 def test_a_window_wider_than_any_integer_is_none():
     q, k, v = problem()
-    out, _, _ = attention(q, k, v, window=(10**12, 2**40))
-    assert np.array_equal(out, attention(q, k, v)[0])
+    out, _ = solved(q, k, v, window=(10**12, 2**40))
+    assert np.array_equal(out, solved(q, k, v)[0])
 
 
 def test_blocks_outside_the_window_are_not_visited():
     q, k, v = problem(q_tokens=128, kv_tokens=1024)
-    _, _, full = attention(q, k, v)
-    _, _, windowed = attention(q, k, v, causal=True, window=(127, None))
+    (full,) = counted(q, k, v)
+    (windowed,) = counted(q, k, v, causal=True, window=(127, None))
     # 128 rows and their 127 predecessors: 2 blocks of 128 keys instead of 8.
     assert windowed.instructions["tensor"] * 4 == full.instructions["tensor"]
 
@@ -137,7 +137,7 @@ def test_blocks_outside_the_window_are_not_visited():
 )
 def test_no_shared_access_loses_a_wavefront_and_every_sector_is_used_whole(head_dim, dtype):
     q, k, v = problem(q_tokens=128, kv_tokens=256, head_dim=head_dim, dtype=dtype)
-    _, _, counts = attention(q, k, v)
+    (counts,) = counted(q, k, v)
     assert sum(access.conflicts for access in counts.shared) == 0
     assert counts.local_bytes == 0
     assert all(access.efficiency == 1 for access in counts.global_)

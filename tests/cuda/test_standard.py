@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
-from flash import AMPERE, assert_as_good_as_straightforward, solved
+from flash import AMPERE, assert_as_good_as_straightforward, counted, solved
 from problems import options_for, problem
 
 from numbaflash.cuda.build import build
@@ -63,17 +63,17 @@ def test_float32_is_as_good_as_float32(head_dim, name):
 def test_keys_beyond_their_length_are_never_read():
     q, k, v = problem(batch=2, kv_tokens=150)
     k[1, 90:], v[1, 90:] = np.nan, np.nan
-    out, _, _ = solved(q, k, v, algorithm="standard", kv_lengths=[150, 90])
+    out, _ = solved(q, k, v, algorithm="standard", kv_lengths=[150, 90])
     assert np.isfinite(out).all()
 
 
 def test_a_row_without_keys_is_zero_and_its_sum_is_the_sinks_alone():
     q, k, v = problem(q_tokens=90, kv_tokens=20)
-    out, lse, _ = solved(q, k, v, algorithm="standard", causal=True)
+    out, lse = solved(q, k, v, algorithm="standard", causal=True)
     assert not out[:, :70].any()
     assert np.isneginf(lse[:, :, :70]).all()
     sinks = np.float32([0.5, -3])
-    out, lse, _ = solved(q, k[:, :0], v[:, :0], algorithm="standard", sink_logits=sinks)
+    out, lse = solved(q, k[:, :0], v[:, :0], algorithm="standard", sink_logits=sinks)
     assert not out.any()
     np.testing.assert_allclose(lse, np.broadcast_to(sinks[:, None], lse.shape), rtol=1e-6)
 
@@ -81,14 +81,14 @@ def test_a_row_without_keys_is_zero_and_its_sum_is_the_sinks_alone():
 def test_scores_beyond_the_range_of_16_bits_are_no_matter():
     q, k, v = problem(q_tokens=16, kv_tokens=64)
     q[:], k[:] = 200 * np.sign(q), np.sign(k) * np.arange(64)[None, :, None, None]
-    out, _, _ = solved(q, k, v, algorithm="standard", scale=1.0)
+    out, _ = solved(q, k, v, algorithm="standard", scale=1.0)
     assert np.isfinite(out).all()
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float16"), (128, "float16"), (64, "float32")])
 def test_no_shared_access_loses_a_wavefront_and_every_sector_is_used_whole(head_dim, dtype):
     q, k, v = problem(q_tokens=128, kv_tokens=256, head_dim=head_dim, dtype=dtype)
-    for counts in solved(q, k, v, algorithm="standard")[2]:
+    for counts in counted(q, k, v, algorithm="standard"):
         assert counts.bank_conflicts == 0
         assert counts.local_bytes == 0
         # The log-sum-exp alone is stored a float at a time: 4 bytes a row.

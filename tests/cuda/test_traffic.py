@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from flash import CountingQueue, device
+from flash import CountingQueue, emulated_device
 
 from numbaflash.cuda.solve import solve
 from numbaflash.cuda.traffic import flash_v1_bytes, flash_v2_bytes, standard_bytes
@@ -16,7 +16,7 @@ SIZES = [(256, 64), (512, 64), (512, 128)]
 
 def counted(algorithm, tokens, head_dim, *, heads=1):
     x = np.zeros((1, tokens, heads, head_dim), FLOAT16)
-    queue = CountingQueue(device(), device().default_stream)
+    queue = CountingQueue(emulated_device(), emulated_device().default_stream)
     solve(queue, describe(x, x, x), x, x, x, queue.empty(x.shape, FLOAT16), None, algorithm)
     return sum(32 * access.sectors for report in queue.reports for access in report.global_)
 

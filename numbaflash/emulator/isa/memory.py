@@ -33,7 +33,7 @@ def _order(e: Emit, fencing: str) -> tuple[str, str]:
 
 
 def _fence(e: Emit, scope: str) -> None:
-    e.names.fences = e.names.partial_order = True
+    e.names.fences = True
     e.line(f"m.fence(g, {device_wide(scope)})")
 
 
@@ -140,8 +140,7 @@ def atomic(e: Emit) -> None:
     values = [e.source(x, kind) for x in rest[1:]]
     space, address = e.address(rest[0], space)
     e.effect("lsu")
-    number = e.names.number.get(target.name, -1) if isinstance(target, Reg) else -1
-    site = e.site("atomic", space, SIZES[kind], scope, result=number)
+    site = e.site("atomic", space, SIZES[kind], scope)
     result = e.temporary()
     if order in ("release", "acq_rel"):
         _fence(e, scope)

@@ -1,0 +1,1 @@
+"""One run on a machine with a GPU that says whether the kernels are right there and how fast they are."""

@@ -1,0 +1,80 @@
+"""Small problems for every kernel of prefill, compared with the formula: what compute-sanitizer and ncu run.
+
+`python -m benchmarks.gpu_day.small {emulated,cuda} [--one-large]`; a wrong result is an exit status of 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+import numbaflash
+from numbaflash import reference
+from numbaflash.problem import describe
+
+ALGORITHMS = ("v2", "v1", "standard")
+_TOLERANCE = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-5}
+
+Problem = tuple[list[Any], dict[str, Any]]
+"""q, k and v; and options."""
+
+
+def main() -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(prog="small", description=__doc__.partition("\n")[0])
+    parser.add_argument("backend", choices=("emulated", "cuda"))
+    parser.add_argument("--one-large", action="store_true", help="one problem that fills a GPU, not compared")
+    asked = parser.parse_args()
+    if asked.one_large:
+        arrays = _arrays(1, 64, 64, 2, 2, 64) if asked.backend == "emulated" else _arrays(2, 2048, 2048, 16, 16, 128)
+        for algorithm in ALGORITHMS:
+            numbaflash.attention(*arrays, algorithm=algorithm, backend=asked.backend)
+        return
+    wrong = 0
+    for arrays, options in list(_problems())[: 1 if asked.backend == "emulated" else None]:
+        want, _ = reference.attention(describe(*arrays, **options), *arrays)
+        for algorithm in ALGORITHMS:
+            out = numbaflash.attention(*arrays, algorithm=algorithm, backend=asked.backend, **options)
+            error = np.abs(out.astype(np.float64) - want).max()
+            right = bool(error <= _TOLERANCE[arrays[0].dtype.name])  # a NaN is wrong
+            wrong += not right
+            print(f"{algorithm} {arrays[0].shape} {arrays[0].dtype} {list(options)}: off by {error:.1e}", flush=True)
+    sys.exit(min(wrong, 1))
+
+
+def _problems() -> Iterator[Problem]:
+    for head_dim, dtype in ((64, "float16"), (128, "bfloat16"), (40, "float32")):
+        arrays = _arrays(2, 70, 150, 4, 2, head_dim, dtype)
+        rng = np.random.default_rng(1)
+        yield arrays, {}
+        yield arrays, {"causal": True}
+        yield (
+            arrays,
+            {
+                "window": (60, 5),
+                "softcap": 3.0,
+                "bias": rng.standard_normal((4, 70, 150), np.float32),
+                "alibi_slopes": np.geomspace(0.5, 0.05, 4).astype(np.float32),
+                "sink_logits": np.linspace(0.5, 3, 4, dtype=np.float32),
+                "kv_lengths": [150, 77],
+            },
+        )
+
+
+def _arrays(
+    batch: int, q_tokens: int, kv_tokens: int, q_heads: int, kv_heads: int, head_dim: int, dtype: str = "float16"
+) -> list[Any]:
+    rng = np.random.default_rng(0)
+    sizes = [(q_tokens, q_heads), (kv_tokens, kv_heads), (kv_tokens, kv_heads)]
+    return [
+        rng.standard_normal((batch, tokens, heads, head_dim), np.float32).astype(np.dtype(dtype))
+        for tokens, heads in sizes
+    ]
+
+
+if __name__ == "__main__":
+    main()
