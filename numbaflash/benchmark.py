@@ -20,8 +20,11 @@ from . import cpu
 from .cpu.pool import thread_count
 from .cpu.stream import read_memory
 from .problem import BFLOAT16, DTYPES, FLOAT16, FLOAT32, describe, describe_scoring
+from .roofline import decode, prefill
 
 __all__ = ["Row", "decode_rows", "prefill_rows"]
+
+GFLOPS, GBS = "GFLOP/s", "GB/s"
 
 PAGE_SIZE = 64
 # What decode is measured with: storage dtype, query heads, KV heads.
@@ -33,7 +36,10 @@ class Row:
     """One measurement.
 
     Attributes:
-        name: What was computed.
+        operator: What was computed.
+        dtype: Of the arrays.
+        detail: Their shape, or where they lay.
+        intensity: FLOP for each byte that must be read or written.
         unit: Of `ours` and `peer`, more is better.
         ours: Our figure.
         peer_name: Who it is compared with.
@@ -41,12 +47,25 @@ class Row:
         ratio: Ours over the peer's, the median over alternating runs; None where there is no peer.
     """
 
-    name: str
+    operator: str
+    dtype: str
+    detail: str
+    intensity: float
     unit: str
     ours: float
     peer_name: str
     peer: float | None
     ratio: float | None
+
+    @property
+    def name(self) -> str:
+        """All of what was computed."""
+        return f"{self.operator}, {self.dtype}, {self.detail}"
+
+    @property
+    def flops(self) -> float:
+        """Our FLOP/s."""
+        return self.ours * 1e9 * (1.0 if self.unit == GFLOPS else self.intensity)
 
 
 def prefill_rows(quick: bool = False) -> Iterator[Row]:
@@ -67,9 +86,9 @@ def prefill_rows(quick: bool = False) -> Iterator[Row]:
                 problem = describe(q, k, v, causal=causal)
                 ours = _solver(problem, q, k, v)
                 peer = _torch_solver(torch, q, k, v, causal=causal) if torch else None
-                work = 4e-9 * heads * tokens**2 * head_dim * (0.5 if causal else 1)
-                name = f"prefill {dtype} head_dim {head_dim}{' causal' if causal else ''}"
-                yield _compare(name, "GFLOP/s", work, ours, "PyTorch", peer, runs)
+                work = prefill(tokens, heads, heads, head_dim, causal=causal, itemsize=dtype.itemsize)
+                what = "causal prefill" if causal else "prefill", dtype.name, f"head_dim {head_dim}", work.intensity
+                yield _compare(what, GFLOPS, work.operations * 1e-9, ours, "PyTorch", peer, runs)
 
 
 def decode_rows(quick: bool = False) -> Iterator[Row]:
@@ -84,24 +103,26 @@ def decode_rows(quick: bool = False) -> Iterator[Row]:
     tokens, runs = 1024 if quick else 4096, 5 if quick else 25
     torch = _torch()
     for dtype, q_heads, kv_heads in DECODE_SHAPES:
-        shape = f"{dtype} {q_heads}/{kv_heads} heads"
+        work = decode(tokens, q_heads, kv_heads, 128, dtype.name)
+        shape = work.operator, dtype.name
         q = _normal(0, (1, 1, q_heads, 128), dtype)
         pages = _normal(1, (tokens // PAGE_SIZE, 2, kv_heads, PAGE_SIZE, 128), dtype)
         gigabytes = pages.nbytes * 1e-9
         paged = _paged_solver(q, pages)
         plain_read = partial(read_memory, pages)
-        yield _compare(f"decode {shape}, pages", "GB/s", gigabytes, paged, "plain read", plain_read, runs)
+        yield _compare((*shape, "pages", work.intensity), GBS, gigabytes, paged, "plain read", plain_read, runs)
 
         k, v = (
             np.ascontiguousarray(pages[:, i].transpose(0, 2, 1, 3)).reshape(1, tokens, kv_heads, 128) for i in (0, 1)
         )
         contiguous = _solver(describe(q, k, v), q, k, v)
         peer = _torch_solver(torch, q, k, v, causal=False) if torch else None
-        yield _compare(f"decode {shape}, contiguous", "GB/s", gigabytes, contiguous, "PyTorch", peer, min(runs, 7))
+        what = (*shape, "contiguous", work.intensity)
+        yield _compare(what, GBS, gigabytes, contiguous, "PyTorch", peer, min(runs, 7))
 
 
 def _compare(
-    name: str,
+    what: tuple[str, str, str, float],
     unit: str,
     work: float,
     ours: Callable[[], Any],
@@ -113,9 +134,9 @@ def _compare(
     best = work / min(ours for ours, _ in pairs)
     theirs = [(ours, peer) for ours, peer in pairs if peer is not None]
     if not theirs:
-        return Row(name, unit, best, peer_name, None, None)
+        return Row(*what, unit, best, peer_name, None, None)
     ratio = statistics.median(peer / ours for ours, peer in theirs)
-    return Row(name, unit, best, peer_name, work / min(peer for _, peer in theirs), ratio)
+    return Row(*what, unit, best, peer_name, work / min(peer for _, peer in theirs), ratio)
 
 
 def _seconds(function: Callable[[], Any]) -> float:

@@ -8,26 +8,46 @@ from datetime import date
 from importlib.metadata import version
 from itertools import chain
 from json import dumps
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from numbaflash.benchmark import Row, decode_rows, prefill_rows
+from numbaflash.user_cache import cache_directory
 
 from .doctor import examine_machine
 
 
 def run(*, json: bool = False, quick: bool = False) -> None:
-    """Measure, and print the figures; with `quick` smaller problems, in some seconds instead of a minute."""
+    """Measure, print the figures, and keep them at `last_result`.
+
+    Args:
+        json: Print one JSON object.
+        quick: Smaller problems: seconds instead of minutes.
+
+    Raises:
+        OSError: They cannot be kept; they have been printed.
+    """
     rows = chain(prefill_rows(quick), decode_rows(quick))
-    machine = examine_machine()
-    if json:
-        measured = [asdict(row) for row in rows]
-        print(dumps({"machine": asdict(machine), "date": date.today().isoformat(), "rows": measured}))
-        return
+    machine, today = examine_machine(), date.today().isoformat()
     console = Console()
-    console.print(f"{machine.cpu}, {machine.threads} threads; numbaflash {version('numbaflash')}; {date.today()}")
-    console.print(_table(_shown_as_they_come(rows, console)))
+    measured = list(rows) if json else _shown_as_they_come(rows, console)
+    result: dict[str, Any] = {"machine": asdict(machine), "date": today}
+    result["rows"] = [asdict(row) | {"name": row.name, "flops": row.flops} for row in measured]
+    if json:
+        print(dumps(result))
+    else:
+        console.print(f"{machine.cpu}, {machine.threads} threads; numbaflash {version('numbaflash')}; {today}")
+        console.print(_table(measured))
+    last_result().parent.mkdir(parents=True, exist_ok=True)
+    last_result().write_text(dumps(result))
+
+
+def last_result() -> Path:
+    """Where the figures of this machine's last benchmark are, as `--json` prints them."""
+    return cache_directory() / "bench.json"
 
 
 def _shown_as_they_come(rows: Iterator[Row], console: Console) -> list[Row]:

@@ -169,7 +169,99 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure attention on this machine, beside its peers."""
-    _load("bench").run(json=json, quick=quick)
+    try:
+        _load("bench").run(json=json, quick=quick)
+    except OSError as error:
+        _fail(str(error))
+
+
+@app.command()
+def roofline(
+    hardware: Annotated[
+        list[str] | None, typer.Option(help="What to reckon for, by its name in the list; may be repeated.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Of a prompt, and in the cache: a multiple of 256.")] = 4096,
+    head_dim: Annotated[int, typer.Option(help="A multiple of 32, at most 256.")] = 128,
+    q_heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(help="Heads of keys and values where they are grouped.")] = 8,
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Measure this machine: two seconds, and it joins the list.")
+    ] = True,
+    plot: Annotated[Path | None, typer.Option(help="Draw it in this file, .svg or .png.")] = None,
+    bench: Annotated[
+        Path | None,
+        typer.Option(help="Points to draw: what 'numbaflash bench --json' has printed; by default the last benchmark."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say what bounds attention, memory or arithmetic, and the least time that one layer takes.
+
+    Figures of GPUs are their datasheets'; this machine is measured.
+    """
+    command = _load("roofline")
+    try:
+        command.run(
+            shape=command.Shape(tokens, head_dim, q_heads, kv_heads, batch),
+            hardware=hardware or [command.DEFAULT_HARDWARE],
+            measure=measure,
+            json=json,
+            plot=plot,
+            bench=bench,
+        )
+    except ModuleNotFoundError as error:
+        _missing(error, "plot")
+    except ValueError as error:
+        _bad_usage(error)
+    except OSError as error:
+        _fail(str(error))
+
+
+@app.command()
+def capacity(
+    model: Annotated[str | None, typer.Option(help="A preset, by default Llama-2-7B-8KV.")] = None,
+    gguf: Annotated[Path | None, typer.Option(help="... or the model in a GGUF file.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of a session; default: the model's.")] = None,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that stay visible, sink tokens included; default: all.")
+    ] = None,
+    sink_tokens: Annotated[int, typer.Option(min=0, help="First tokens that a window never drops.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Sessions at a time.")] = 1,
+    dtype: Annotated[
+        KVDtype | None, typer.Option("--dtype", "--kv-dtype", help="A storage beside those that are always shown.")
+    ] = None,
+    quantizer: Annotated[
+        str | None, typer.Option(help="Of int8 and int4, with options as in hqq:group_size=32.")
+    ] = None,
+    page_size: Annotated[int, typer.Option(help="Tokens of a page.")] = 64,
+    rollback: Annotated[int, typer.Option(min=0, help="Newest tokens that can be taken back.")] = 64,
+    weights_gb: Annotated[
+        float | None, typer.Option(min=0.0, help="GB of the weights; default: in 16 bits, or as the file has them.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say how much memory a model's KV cache takes, and how many sessions a GPU holds."""
+    try:
+        _load("capacity").run(
+            model=model,
+            gguf=gguf,
+            context=context,
+            window=window,
+            sink_tokens=sink_tokens,
+            batch=batch,
+            dtype=None if dtype is None else dtype.value,
+            quantizer=quantizer,
+            page_size=page_size,
+            rollback=rollback,
+            weights_gb=weights_gb,
+            json=json,
+        )
+    except ModuleNotFoundError as error:
+        _missing(error, "demo")
+    except ValueError as error:
+        _bad_usage(error)
+    except OSError as error:
+        _fail(str(error))
 
 
 @app.command()
@@ -277,7 +369,11 @@ def _load(module: str, extra: str | None = None) -> Any:
     except ModuleNotFoundError as error:
         if extra is None or (error.name or "").startswith("numbaflash"):
             raise
-        _fail(f"{error.name} is not installed; this command needs: pip install 'numbaflash[{extra}]'")
+        _missing(error, extra)
+
+
+def _missing(error: ModuleNotFoundError, extra: str) -> NoReturn:
+    _fail(f"{error.name} is not installed; this command needs: pip install 'numbaflash[{extra}]'")
 
 
 def _bad_usage(error: Exception) -> NoReturn:

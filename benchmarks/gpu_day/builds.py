@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
-from numbaflash.cuda.build import Buildable, build, cache_directory
+from numbaflash.cuda.build import Buildable, build
 from numbaflash.cuda.device import EmulatedDevice
 from numbaflash.cuda.driver import find_usable_gpu
 from numbaflash.cuda.flash_v1 import FlashV1
@@ -15,6 +15,7 @@ from numbaflash.cuda.flash_v2 import FlashV2
 from numbaflash.cuda.scoring import Scoring
 from numbaflash.cuda.standard import StandardScores, StandardSoftmax, StandardValues
 from numbaflash.cuda.variant import Variant
+from numbaflash.user_cache import cache_directory
 
 from .parts import Row
 

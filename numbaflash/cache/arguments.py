@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..problem import DTYPES, check_heads
+from .layout import RingLayout
 from .page_format import BITS
 from .quantizers import Quantizer, quantizer_of
 
-__all__ = ["check_kv", "check_q", "choose_quantizer", "int_in", "storage_dtype"]
+__all__ = ["check_kv", "check_q", "choose_quantizer", "int_in", "ring_layout", "storage_dtype"]
 
 _CODES = {"int8": np.dtype(np.int8), "int4": np.dtype(ml_dtypes.int4)}
 
@@ -25,6 +26,20 @@ def int_in(name: str, value: object, least: int, most: int | None = None) -> int
         accepted = f"{least} or more" if most is None else f"{least} to {most}"
         raise ValueError(f"{name} must be {accepted}, got {value}")
     return int(value)
+
+
+def ring_layout(capacity: int, sink_tokens: int, page_size: int, rollback: int) -> RingLayout:
+    """Return the shape of a ring, as `RingKVCache` takes its arguments."""
+    capacity = int_in("capacity", capacity, 1)
+    page_size = int_in("page_size", page_size, 8, 256)
+    if page_size & (page_size - 1):
+        raise ValueError(f"page_size must be a power of two, got {page_size}")
+    return RingLayout(
+        capacity=capacity,
+        sink_tokens=int_in("sink_tokens", sink_tokens, 0, capacity - 1),
+        page_size=page_size,
+        rollback=int_in("rollback", rollback, 0),
+    )
 
 
 def storage_dtype(dtype: DTypeLike) -> np.dtype[Any]:

@@ -20,7 +20,7 @@ from ..arrays import as_numpy, like
 from ..backends import CACHE_BACKENDS, choose_backend
 from ..problem import FLOAT16, MAX_HEAD_DIM, check_dtype, describe_scoring
 from . import files
-from .arguments import check_kv, check_q, choose_quantizer, int_in, storage_dtype
+from .arguments import check_kv, check_q, choose_quantizer, int_in, ring_layout, storage_dtype
 from .layer import FloatLayer, Layer
 from .layout import RingLayout, raw_layout
 from .pages import PagePool
@@ -81,16 +81,7 @@ class RingKVCache:
         self.num_layers = int_in("num_layers", num_layers, 1)
         self.num_kv_heads = int_in("num_kv_heads", num_kv_heads, 1)
         self.head_dim = int_in("head_dim", head_dim, 1, MAX_HEAD_DIM)
-        capacity = int_in("capacity", capacity, 1)
-        page_size = int_in("page_size", page_size, 8, 256)
-        if page_size & (page_size - 1):
-            raise ValueError(f"page_size must be a power of two, got {page_size}")
-        self.layout = RingLayout(
-            capacity=capacity,
-            sink_tokens=int_in("sink_tokens", sink_tokens, 0, capacity - 1),
-            page_size=page_size,
-            rollback=int_in("rollback", rollback, 0),
-        )
+        self.layout = ring_layout(capacity, sink_tokens, page_size, rollback)
         self.dtype = storage_dtype(dtype)
         self.backend = choose_backend(backend, CACHE_BACKENDS)
         self.quantizer = choose_quantizer(self.dtype, quantizer)

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import inspect
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -24,9 +23,11 @@ from typing import Any, Protocol
 
 from numba import cuda
 
+from numbaflash.user_cache import cache_directory
+
 from .tools import find_tool
 
-__all__ = ["Build", "Buildable", "Usage", "build", "cache_directory", "disassemble"]
+__all__ = ["Build", "Buildable", "Usage", "build", "disassemble"]
 
 # At its first level ptxas keeps to the order of loads and MMAs that the kernels are written in, and spills nothing. At
 # its third it hoists loads until it must spill: 4 to 36 bytes in 6 of 8 variants of flash_v2, and 0.2 more instructions
@@ -103,14 +104,6 @@ def build(description: Buildable, cc: tuple[int, int]) -> Build:
     built = _compile(description, cc)
     _write(directory, built)
     return built
-
-
-def cache_directory() -> Path:
-    """Return where builds are kept: $NUMBAFLASH_CACHE_DIR, or numbaflash in the user's cache directory."""
-    own = os.environ.get("NUMBAFLASH_CACHE_DIR")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numbaflash"
 
 
 def disassemble(cubin: bytes) -> str:

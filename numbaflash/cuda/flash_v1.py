@@ -28,31 +28,12 @@ from numbaflash.problem import AttentionProblem
 from . import epilogue, float32_products, fragments, products, ptx, scoring, softmax
 from .arguments import PARAMETERS, Arrays, arguments
 from .products import WarpTile
-from .shapes import TileShape
+from .shapes import TileShape, v1_tile_shape
 from .softmax import LOG2_E, NOTHING_SEEN
 from .tile import CHUNK, RowCopy, Rows, SharedTile, at_chunk
 from .variant import Variant
 
-__all__ = ["FlashV1", "block_sizes"]
-
-
-def block_sizes(head_dim: int, value_dim: int, *, wide: bool = False, scored: bool = False) -> TileShape:
-    """Return Bc (`keys`) and Br (`queries`) of line 1 of the algorithm, and how warps share them.
-
-    The paper gives a quarter of fast memory to each of K, V, Q and O: the more keys a block has, the fewer times Q and
-    O are read. Here O is in registers. K and V take 64 KiB, Q 8 to 32: two blocks fit on 8.0 and 9.0 up to a head dim
-    of 128, one on 8.6 and 8.9 at any. S and O take 128 to 160 registers a thread with 16 rows a warp. With 32 they
-    would spill, as they do with 256 keys where a score is more than scale * q.k (`scored`).
-    Float32 (`wide`) has fewer keys for as many bytes, and scores in two sums (`float32_products`).
-    """
-    widest = max(head_dim, value_dim)
-    if wide and widest > 128:
-        return TileShape(64, 32 if widest <= 192 else 16, 4, 1, k_ahead=2, v_ahead=2, copy_after=0)
-    if wide:
-        return TileShape(64, 64, 4, 2 if widest <= 64 else 1, k_ahead=2, v_ahead=2, copy_after=0)
-    if widest <= 128:
-        return TileShape(64, 128 if scored or widest > 64 else 256, 4, 2, k_ahead=2, v_ahead=2, copy_after=0)
-    return TileShape(64, 64, 4, 1, k_ahead=2, v_ahead=2, copy_after=0)
+__all__ = ["FlashV1"]
 
 
 class State(NamedTuple):
@@ -77,9 +58,9 @@ class FlashV1:
 
     @classmethod
     def of(cls, variant: Variant) -> FlashV1:
-        """Return the kernel of a variant, with the blocks that `block_sizes` has for it."""
+        """Return the kernel of a variant, with the blocks that `v1_tile_shape` has for it."""
         wide, scored = variant.dtype == "float32", variant.scoring.in_log2_units
-        return cls(variant, block_sizes(variant.head_dim, variant.value_dim, wide=wide, scored=scored))
+        return cls(variant, v1_tile_shape(variant.head_dim, variant.value_dim, wide=wide, scored=scored))
 
     @property
     def itemsize(self) -> int:

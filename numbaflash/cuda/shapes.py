@@ -12,7 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["TileShape", "tile_shape"]
+__all__ = ["STANDARD_KEYS", "STANDARD_ROWS", "TileShape", "tile_shape", "v1_tile_shape"]
+
+# What standard attention pads the matrices of scores and weights to.
+STANDARD_ROWS, STANDARD_KEYS = 128, 64
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def tile_shape(
     scored: bool = False,
     biased: bool = False,
 ) -> TileShape:
-    """Return the tile shape.
+    """Return FlashAttention-2's tile shape.
 
     Args:
         head_dim: Elements of a query and a key.
@@ -93,3 +96,22 @@ def _float32_shape(widest: int, little: bool) -> TileShape:
         return TileShape(64, 32 if widest <= 192 else 16, 4, 1, k_ahead=2, v_ahead=2, copy_after=1)
     # 160 KiB at 256, which 8.0 has just so. Model 0.69; 64 queries with 32 keys 0.54.
     return TileShape(128, 16, 8, 1, k_ahead=2, v_ahead=2, copy_after=1)
+
+
+def v1_tile_shape(head_dim: int, value_dim: int, *, wide: bool = False, scored: bool = False) -> TileShape:
+    """Return FlashAttention-1's Bc (`keys`) and Br (`queries`), line 1 of its algorithm, and how warps share them.
+
+    The paper gives a quarter of fast memory to each of K, V, Q and O: the more keys a block has, the fewer times Q and
+    O are read. Here O is in registers. K and V take 64 KiB, Q 8 to 32: two blocks fit on 8.0 and 9.0 up to a head dim
+    of 128, one on 8.6 and 8.9 at any. S and O take 128 to 160 registers a thread with 16 rows a warp. With 32 they
+    would spill, as they do with 256 keys where a score is more than scale * q.k (`scored`).
+    Float32 (`wide`) has fewer keys for as many bytes, and scores in two sums (`float32_products`).
+    """
+    widest = max(head_dim, value_dim)
+    if wide and widest > 128:
+        return TileShape(64, 32 if widest <= 192 else 16, 4, 1, k_ahead=2, v_ahead=2, copy_after=0)
+    if wide:
+        return TileShape(64, 64, 4, 2 if widest <= 64 else 1, k_ahead=2, v_ahead=2, copy_after=0)
+    if widest <= 128:
+        return TileShape(64, 128 if scored or widest > 64 else 256, 4, 2, k_ahead=2, v_ahead=2, copy_after=0)
+    return TileShape(64, 64, 4, 1, k_ahead=2, v_ahead=2, copy_after=0)

@@ -4,8 +4,9 @@ Three launches, each of which reads from global memory what the one before wrote
 
     S = Q K^T;  P = softmax(S);  O = P V
 
-S and P have an element for each query and key of each head, in whole tiles: rows are padded to `ROWS`, keys to `KEYS`.
-S is float32 and in log2 units, P has the arrays' dtype. Nothing is left out: what a mask hides is -inf in S and 0 in P.
+S and P have an element for each query and key of each head, in whole tiles: rows are padded to `STANDARD_ROWS`, keys to
+`STANDARD_KEYS`. S is float32 and in log2 units, P has the arrays' dtype. Nothing is left out: what a mask hides is -inf
+in S and 0 in P.
 """
 
 from __future__ import annotations
@@ -27,14 +28,12 @@ from .arguments import PARAMETERS, Arrays, arguments
 from .products import WarpTile
 from .ptx import F32, device_intrinsic
 from .scoring import Scoring
+from .shapes import STANDARD_KEYS, STANDARD_ROWS
 from .softmax import LN_2, LOG2_E, NOTHING_SEEN
 from .tile import CHUNK, RowCopy, Rows, SharedTile, at_chunk
 from .variant import Variant
 
 __all__ = ["Matrices", "StandardScores", "StandardSoftmax", "StandardValues"]
-
-ROWS, KEYS = 128, 64
-"""What the matrices are padded to."""
 
 _MATRIX_PARAMETERS = {"scores": int64, "weights": int64, "matrix_rows": int32, "matrix_keys": int32}
 
@@ -58,7 +57,8 @@ class Matrices:
     @classmethod
     def of(cls, problem: AttentionProblem) -> Matrices:
         """Return the size that a problem takes, with no addresses yet."""
-        return cls(-(-problem.q_tokens // ROWS) * ROWS, -(-max(problem.kv_tokens, 1) // KEYS) * KEYS)
+        rows, keys = -(-problem.q_tokens // STANDARD_ROWS), -(-max(problem.kv_tokens, 1) // STANDARD_KEYS)
+        return cls(rows * STANDARD_ROWS, keys * STANDARD_KEYS)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,7 @@ for the tiles that the kernels have.
 
 from __future__ import annotations
 
-from .flash_v1 import FlashV1
-from .shapes import tile_shape
-from .standard import KEYS, ROWS
-from .variant import Variant
+from .shapes import STANDARD_KEYS, STANDARD_ROWS, tile_shape, v1_tile_shape
 
 __all__ = ["flash_v1_bytes", "flash_v2_bytes", "standard_bytes"]
 
@@ -26,17 +23,17 @@ def standard_bytes(tokens: int, head_dim: int) -> int:
         head_dim: Of queries, keys and values, 16 bits an element; a multiple of 16.
     """
     row, pairs = tokens * head_dim * _HALF, tokens * tokens
-    queries_and_keys = row * (tokens // KEYS) + row * (tokens // ROWS)
+    queries_and_keys = row * (tokens // STANDARD_KEYS) + row * (tokens // STANDARD_ROWS)
     scores = pairs * _FLOAT * 3  # written; read for the row's maximum and sum; read to be weighed
     weights = pairs * _HALF * 2
-    values_and_out = row * (tokens // ROWS) + row
+    values_and_out = row * (tokens // STANDARD_ROWS) + row
     return queries_and_keys + scores + weights + values_and_out
 
 
 def flash_v1_bytes(tokens: int, head_dim: int) -> int:
     """Return the bytes that FlashAttention moves for one head, as `standard_bytes` does."""
     row = tokens * head_dim * _HALF
-    blocks = tokens // FlashV1.of(Variant(head_dim, head_dim, "float16")).shape.keys
+    blocks = tokens // v1_tile_shape(head_dim, head_dim).keys
     state = tokens * (head_dim + 2) * _FLOAT  # O, m and l
     passes = 1 + 2 * blocks + 1  # set to nothing; read and written for each block; read at last
     return 2 * row + row * blocks + state * passes + row

@@ -21,14 +21,15 @@ text for sm_70 to sm_90a. Arrays are changed in place. `load` and `GlobalMemory`
 `lineinfo=True`; the one error is `EmulatorError`, and its `kind` says which check spoke:
 
 - bounds and alignment of every access to global, shared and local memory. Arrays lie 256-byte aligned and no more, as
-  cudaMalloc has it, with room between them; static shared arrays lie aligned as they declare and no more;
+  cudaMalloc has it, static shared arrays aligned as they declare and no more, and all of them with room between them;
 - reads of shared and local memory that was never written, and of `cp.async` data that was not waited for;
 - races in shared memory: between warps that nothing orders, and between lanes of a warp that was not converged at one
   of the accesses. Barriers order (named ones and `syncwarp` included), and so do fences with atomic, volatile, release
   or acquire accesses to a flag or a lock. Writes of the value that is there already are no race;
 - races in global memory between blocks of a launch. A fence and an atomic (or a volatile, release or acquire access) of
   device scope on one side, and one and a fence on the other, order them. In kernels with fences this is followed in
-  grids of up to 8192 blocks;
+  grids of up to 8192 blocks. A plain load of what other blocks change by atomics races with them, also as the first
+  guess of a loop of compare-and-swap: let it be volatile, or an atomic that adds nothing;
 - barriers that not all threads reach, or that warps reach at different places; matrix instructions and other
   collectives that a part of the warp reaches; shuffles from lanes that are not active; endless loops.
 
@@ -44,8 +45,8 @@ is so for wgmma, TMA (`cp.async.bulk`), mbarriers, clusters, textures, `vprintf`
 - memory ordering: memory is sequentially consistent. Races are looked for, weak orders are not tried. Global races
   between threads of one block are not looked for: a fence orders for its whole block, even where a barrier is missing
   between it and the thread that writes the data or the flag. Nor is intra-warp order other than by convergence;
-- the order of blocks and warps: lowest program counter first, blocks in chunks, one after the other. A block that
-  waits for one of a later chunk waits forever;
+- the order of blocks and warps: lowest program counter first, blocks in chunks, one after the other. Blocks that wait
+  for each other can do so in grids of up to 262,144 threads: on a GPU, too, no more than fit it run together;
 - the order of rounding inside an `mma` (here one product after the other in float32; hardware truncates sums of
   several), and the last bits of approximate instructions (`ex2.approx`, `rcp.approx` ..., here correctly rounded);
 - NaN payloads of float32 and float64 results;
@@ -54,7 +55,7 @@ is so for wgmma, TMA (`cp.async.bulk`), mbarriers, clusters, textures, `vprintf`
 How it works: a kernel's calls are inlined (`program`), each run of instructions becomes a Python function of about one
 NumPy call per instruction, made when it is first needed (`translate`, tables in `isa`), over all threads of many blocks
 at once (`machine`); threads that diverge meet again because the lowest program counter goes first (`schedule`). Checks
-and matrix products are compiled by Numba for the CPU, and cached on disk (`checks`, `mma`).
+and matrix products are compiled by Numba for the CPU, and cached on disk (`shared_checks`, `global_checks`, `mma`).
 """
 
 from __future__ import annotations

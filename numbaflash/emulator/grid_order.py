@@ -37,9 +37,13 @@ class GridClocks(NamedTuple):
 
 
 @njit(cache=True)
-def ordered_blocks(clocks: GridClocks, block: int, other: int, interval: int) -> bool:
-    """Whether an interval of another block happened before what `block` does now."""
-    return clocks.seen.shape[0] > 0 and interval <= clocks.seen[block, other]
+def ordered_blocks(clocks: GridClocks, block: int, other: int, interval: int, strong: bool) -> bool:
+    """Whether an access of another block in an interval happened before what `block` does now.
+
+    A strong one may be the write itself that published the interval before it.
+    """
+    known = clocks.seen[block, other]
+    return known > 0 and interval <= known + strong
 
 
 class GridOrder:

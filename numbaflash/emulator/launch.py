@@ -13,10 +13,10 @@ from unittest import mock
 import numpy as np
 from numpy.typing import NDArray
 
-from . import checks as shadow
 from .arguments import pack
 from .counts import Report
 from .errors import EmulatorError, Place
+from .global_checks import Global
 from .grid_order import GridOrder
 from .ir import SIZES, Float, Symbol, Variable
 from .machine import Machine
@@ -24,12 +24,14 @@ from .memory import ALIGNMENT, BASE, GlobalMemory
 from .parse import parse
 from .program import Program, build, limits, readable
 from .schedule import run
-from .threads import Checks, Launch, granule
+from .threads import Checks, Launch, any_strong, granule
 from .translate import Translator
 
 Array = NDArray[Any]
 _LANES = 8192
 """Lanes that run together: their registers fit the second-level cache."""
+_LANES_WAITING = 1 << 18
+"""The same where blocks may wait for each other, as at a barrier of the grid: as many as an H100 holds at a time."""
 _SHARED_BYTES = 32 << 20
 _MOST_LOCAL = 512 << 10
 """Bytes of local memory that a thread may have, on every target."""
@@ -173,6 +175,7 @@ def _run(
     symbols = _module_variables(program, memory)
     total = int(np.prod(blocks))
     fences = program.names.fences
+    waits = fences and any(site.device_wide for site in program.sites)
     races = checks.global_races and not (fences and total > _MOST_ORDERED)
     order = GridOrder(total if fences and races else 0)
     report = Report(readable(program.name))
@@ -192,7 +195,8 @@ def _run(
     try:
         lanes = -(-int(np.prod(threads)) // 32) * 32
         per_block = max(program.static_shared + shared, 1)
-        count = max(1, min(_LANES // lanes, _SHARED_BYTES // per_block))
+        together = _LANES_WAITING if waits and total * lanes <= _LANES_WAITING else _LANES
+        count = max(1, min(together // lanes, _SHARED_BYTES // per_block))
         for first in range(0, total, count):
             run(Machine(launch, first, min(count, total - first)))
     finally:
@@ -203,18 +207,23 @@ def _run(
     return report
 
 
-def _shadow(program: Program, memory: GlobalMemory, order: GridOrder, races: bool) -> shadow.Global:
+def _shadow(program: Program, memory: GlobalMemory, order: GridOrder, races: bool) -> Global:
     """Global memory as the checks of a launch see it."""
     shift = granule(program.sites, "global")
     granules = (memory.data.size >> shift) + 1
     followed = order.clocks.own.size
-    return shadow.Global(
+    strong = granules if any_strong(program.sites, "global") else 0
+    return Global(
         data=memory.data,
         valid=memory.valid,
         writer=np.zeros(granules, np.int32),
+        other_writer=np.zeros(strong, np.int32),
         reader=np.zeros(granules, np.int32),
+        strong_reader=np.zeros(strong, np.int32),
         written=np.zeros(granules if followed else 0, np.int32),
+        other_written=np.zeros(strong if followed else 0, np.int32),
         read=np.zeros(granules if followed else 0, np.int32),
+        strong_read=np.zeros(strong if followed else 0, np.int32),
         row=np.zeros(granules if followed else 0, np.int32),
         readers=np.zeros((_MOST_READERS // followed, followed) if followed else (0, 0), np.int32),
         clocks=order.clocks,
@@ -240,7 +249,7 @@ def _check_limits(program: Program, grid: tuple[int, ...], block: tuple[int, ...
         raise EmulatorError(f"shared is {shared!r}; a number of bytes is accepted", kind="argument", place=place)
     if program.local_size > _MOST_LOCAL:
         raise EmulatorError(f"{program.local_size} bytes of local memory a thread", kind="limit", place=place)
-    used = program.static_shared - allowed.reserved + shared
+    used = program.shared_used + shared
     if used > allowed.shared:
         raise EmulatorError(
             f"{used} bytes of shared memory ({shared} of them dynamic); {target} has {allowed.shared} for a block",

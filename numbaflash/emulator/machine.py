@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import checks, collectives, mma
+from . import checks, collectives, global_checks, mma, shared_checks
 from .atomics import atomic
 from .group import WARP, Group
 from .ir import Instruction
@@ -51,7 +51,7 @@ class Machine(Threads):
 
     def load_shared(self, g: Group, site: Site, address: Array, count: int) -> list[Array]:
         """Loads `count` elements per lane; unsigned integers."""
-        found = checks.shared_read(self.shared, g.lanes, address, g.converged, site.size, site.strong)
+        found = shared_checks.shared_read(self.shared, g.lanes, address, g.converged, site.size, site.strong)
         if found[0]:
             self._fault(g, site, "shared", address, found)
         if site.strong and self.program.names.fences:
@@ -62,8 +62,8 @@ class Machine(Threads):
     def store_shared(self, g: Group, site: Site, address: Array, values: list[Array]) -> None:
         """Stores elements of each lane."""
         data = _interleave(values, g.n)
-        found = checks.shared_write(
-            self.shared, g.lanes, address, g.converged, site.size, data, checks.READY, site.strong
+        found = shared_checks.shared_write(
+            self.shared, g.lanes, address, g.converged, site.size, data, checks.READY, int(site.strong)
         )
         if found[0]:
             self._fault(g, site, "shared", address, found)
@@ -74,7 +74,7 @@ class Machine(Threads):
     def load_global(self, g: Group, site: Site, address: Array, count: int) -> list[Array]:
         """Loads `count` elements per lane; unsigned integers."""
         memory = self.launch.memory
-        found = checks.global_read(
+        found = global_checks.global_read(
             memory, g.take(self.block), address, site.size, site.size, site.device_wide, site.read_only
         )
         if found[0]:
@@ -86,13 +86,13 @@ class Machine(Threads):
 
     def store_global(self, g: Group, site: Site, address: Array, values: list[Array]) -> None:
         """Stores elements of each lane."""
-        self._write_global(g, site, address, _interleave(values, g.n))
+        self._write_global(g, site, address, _interleave(values, g.n), int(site.device_wide))
         if site.device_wide:
             self.launch.order.store(g.take(self.block), address)
         self._count_global(site, g.lanes, address, site.size)
 
-    def _write_global(self, g: Group, site: Site, address: Array, data: Array) -> None:
-        found = checks.global_write(self.launch.memory, g.take(self.block), address, site.size, data, site.device_wide)
+    def _write_global(self, g: Group, site: Site, address: Array, data: Array, kind: int) -> None:
+        found = global_checks.global_write(self.launch.memory, g.take(self.block), address, site.size, data, kind)
         if found[0]:
             self._fault(g, site, "global", address, found)
 
@@ -156,10 +156,13 @@ class Machine(Threads):
 
     # ---- atomics
 
+    def _atomic_kind(self, site: Site) -> int:
+        return checks.OBSERVING if site.result in self.program.read_registers else checks.STRONG
+
     def atomic_shared(self, g: Group, site: Site, address: Array, name: str, kind: str, *values: Array) -> Array:
         """One read-modify-write per lane, in the order of lanes."""
-        found = checks.shared_write(
-            self.shared, g.lanes, address, g.converged, site.size, _NO_VALUES, checks.READY, True
+        found = shared_checks.shared_write(
+            self.shared, g.lanes, address, g.converged, site.size, _NO_VALUES, checks.READY, self._atomic_kind(site)
         )
         if found[0]:
             self._fault(g, site, "shared", address, found)
@@ -171,7 +174,7 @@ class Machine(Threads):
 
     def atomic_global(self, g: Group, site: Site, address: Array, name: str, kind: str, *values: Array) -> Array:
         """One read-modify-write per lane, in the order of lanes."""
-        self._write_global(g, site, address, _NO_VALUES)
+        self._write_global(g, site, address, _NO_VALUES, self._atomic_kind(site) if site.device_wide else checks.WEAK)
         self._count_global(site, g.lanes, address, site.size)
         before = atomic(self.launch.memory.data, address - BASE, name, kind, values)
         if site.device_wide:
@@ -210,7 +213,9 @@ class Machine(Threads):
             if count:
                 part = g if chosen.size == g.n else Group(g.lanes[chosen], self.total, self.alive)
                 data[chosen, :count] = self._copy_source(part, out_of, source[chosen], int(count))
-        found = checks.shared_write(self.shared, g.lanes, target, g.converged, size, data, checks.PENDING, False)
+        found = shared_checks.shared_write(
+            self.shared, g.lanes, target, g.converged, size, data, checks.PENDING, checks.WEAK
+        )
         if found[0]:
             self._fault(g, into, "shared", target, found)
         self._count_shared(into, g.lanes, target)
@@ -218,7 +223,7 @@ class Machine(Threads):
 
     def _copy_source(self, g: Group, site: Site, address: Array, count: int) -> Array:
         memory = self.launch.memory
-        found = checks.global_read(memory, g.take(self.block), address, count, site.size, False, False)
+        found = global_checks.global_read(memory, g.take(self.block), address, count, site.size, False, False)
         if found[0]:
             self._fault(g, site, "global", address, found)
         self._count_global(site, g.lanes, address, count)
@@ -238,7 +243,9 @@ class Machine(Threads):
             done = copy.number < limit[copy.lanes]
             if done.any():
                 now = slice(None) if done.all() else done
-                checks.complete_copy(self.shared, copy.lanes[now], copy.address[now], copy.converged[now], copy.size)
+                shared_checks.complete_copy(
+                    self.shared, copy.lanes[now], copy.address[now], copy.converged[now], copy.size
+                )
             if not done.all():
                 left = ~done
                 rest.append(
@@ -294,7 +301,7 @@ class Machine(Threads):
         """ldmatrix: lanes 8 i to 8 i + 7 give the addresses of the rows of matrix i."""
         self._whole(g, site.instruction)
         lanes, there = _row_lanes(g, address, count)
-        found = checks.shared_read(self.shared, lanes, there, np.ones(lanes.size, np.bool_), 16, False)
+        found = shared_checks.shared_read(self.shared, lanes, there, np.ones(lanes.size, np.bool_), 16, False)
         if found[0]:
             self._fault(Group(lanes, self.total, self.alive), site, "shared", there, found)
         self._count_shared(site, lanes, there)
@@ -307,7 +314,7 @@ class Machine(Threads):
         lanes, there = _row_lanes(g, address, len(values))
         data = mma.registers_to_matrices(values, transposed).reshape(-1, 16)
         ones = np.ones(lanes.size, np.bool_)
-        found = checks.shared_write(self.shared, lanes, there, ones, 16, data, checks.READY, False)
+        found = shared_checks.shared_write(self.shared, lanes, there, ones, 16, data, checks.READY, checks.WEAK)
         if found[0]:
             self._fault(Group(lanes, self.total, self.alive), site, "shared", there, found)
         self._count_shared(site, lanes, there)

@@ -50,13 +50,17 @@ class Clocks(NamedTuple):
 
 
 @njit(cache=True)
-def ordered(clocks: Clocks, block: int, interval: int, other: int, thread: int) -> bool:
-    """Whether an interval of another thread happened before what `thread` does now."""
+def ordered(clocks: Clocks, block: int, interval: int, other: int, thread: int, strong: bool) -> bool:
+    """Whether an access of another thread in an interval happened before what `thread` does now.
+
+    A strong one may be the write itself that published the interval before it.
+    """
     if interval <= clocks.block_floor[block]:
         return True
     if other >> 5 == thread >> 5 and interval <= clocks.warp_floor[block, thread >> 5]:
         return True
-    return clocks.mixed[0] != 0 and interval <= clocks.seen[block, thread, other]
+    known = clocks.seen[block, thread, other] if clocks.mixed[0] else 0
+    return known > 0 and interval <= known + strong
 
 
 @njit(cache=True)
@@ -64,7 +68,7 @@ def ordered_after_some(clocks: Clocks, block: int, interval: int, thread: int) -
     """The same for an interval of one or several lanes of the thread's own warp, not known which."""
     first = thread >> 5 << 5
     for other in range(first, first + 32):
-        if other != thread and ordered(clocks, block, interval, other, thread):
+        if other != thread and ordered(clocks, block, interval, other, thread, False):
             return True
     return False
 
@@ -117,14 +121,17 @@ class Order:
         self._added[block].clear()
 
     def arrive(self, block: int, threads: Array) -> Array:
-        """What some threads and those before them did up to now, as a clock; they start a new interval."""
+        """What some threads and those before them did up to now, as a clock; they start a new interval.
+
+        They skip one, which no write publishes.
+        """
         clocks = self.clocks
         told = clocks.seen[block, threads].max(axis=0) if clocks.mixed[0] else np.zeros(self._threads, np.int32)
         lanes = told.reshape(-1, WARP)
         warps = np.unique(threads // WARP)
         lanes[warps] = np.maximum(lanes[warps], clocks.warp_floor[block, warps, None])
         told[threads] = clocks.own[block, threads]
-        clocks.own[block, threads] += 1
+        clocks.own[block, threads] += 2
         return told
 
     def depart(self, block: int, threads: Array, told: Array) -> None:

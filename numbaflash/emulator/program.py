@@ -36,6 +36,8 @@ WINDOWS = {"global": 0, "const": 0, "shared": SHARED_WINDOW, "local": LOCAL_WIND
 
 DYNAMIC_ALIGNMENT = 16
 """Alignment of dynamic shared memory behind static arrays: what the CUDA runtime gives."""
+_SHARED_HOLE = 128
+"""Bytes between variables of shared memory, so that an index past the end of one does not reach the next."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,9 @@ class Program:
         names: Registers, constants, sites and symbols.
         branches: Program counter of a branch -> its targets.
         leaders: Program counters at which control can arrive.
-        static_shared: Bytes of shared memory used before the dynamic part.
+        static_shared: Where the dynamic part of shared memory starts.
+        shared_variables: Name, address and size of the variables before it; there are holes between them.
+        shared_used: Bytes that the variables take on the hardware.
         local_size: Bytes of local memory of a thread.
     """
 
@@ -92,6 +96,8 @@ class Program:
     branches: dict[int, list[int]] = field(default_factory=dict)
     leaders: list[int] = field(default_factory=list)
     static_shared: int = 0
+    shared_variables: list[tuple[str, int, int]] = field(default_factory=list)
+    shared_used: int = 0
     local_size: int = 0
     max_threads: int | None = None
 
@@ -99,6 +105,11 @@ class Program:
     def sites(self) -> list[Site]:
         """Its memory instructions."""
         return self.names.sites
+
+    @cached_property
+    def read_registers(self) -> set[int]:
+        """Registers that some instruction reads."""
+        return {number for code in self.code for number in code.reads}
 
     def symbols_used(self, name: str) -> bool:
         """Whether an instruction, or another variable that may be used, names a variable."""
@@ -185,6 +196,8 @@ class _Builder:
         self.symbols: dict[str, tuple[str, int]] = {}
         self.local = 0
         self.shared = self.target.reserved
+        self.shared_used = 0
+        self.shared_variables: list[tuple[str, int, int]] = []
         self.copies = 0
         self.labels: dict[str, int] = {}
         self.tables: dict[str, list[str]] = {}
@@ -210,6 +223,8 @@ class _Builder:
             except EmulatorError as error:
                 raise EmulatorError(error.reason, kind=error.kind, place=program.place(item)) from None
         program.static_shared = self.shared
+        program.shared_variables = self.shared_variables
+        program.shared_used = self.shared_used
         program.local_size = -(-self.local // 16) * 16
         program.max_threads = self.function.max_threads
         self._control_flow(program)
@@ -231,19 +246,23 @@ class _Builder:
                 if variable.space == "shared":
                     place = ("shared", self._place_shared(variable))
                     self.static_shared[f"{function.name}/{variable.name}"] = place
-        if dynamic:
-            align = max(DYNAMIC_ALIGNMENT, *(v.align for v in dynamic))
-            self.shared = -(-self.shared // align) * align
+        if self.shared_variables:
+            self.shared += _SHARED_HOLE
+        align = max(DYNAMIC_ALIGNMENT, *(v.align for v in dynamic), 1)
+        self.shared = -(-self.shared // align) * align
         for variable in dynamic:
             self.symbols[variable.name] = ("shared", self.shared)
 
     def _place_shared(self, variable: Variable) -> int:
         """The next place that has the declared alignment, and no more than it, so that relying on more shows."""
         align = variable.align
-        at = -(-self.shared // align) * align
+        hole = _SHARED_HOLE if self.shared_variables else 0
+        at = -(-(self.shared + hole) // align) * align
         if at % (2 * align) == 0:
             at += align
         self.shared = at + variable.size
+        self.shared_used = -(-self.shared_used // align) * align + variable.size
+        self.shared_variables.append((variable.name, at, variable.size))
         return at
 
     def _place_local(self, variable: Variable) -> int:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from . import checks, traffic
 from .counts import GlobalAccess, Report, SharedAccess
 from .errors import EmulatorError, Place
+from .global_checks import Global
 from .grid_order import GridOrder
 from .group import WARP, Group
 from .ir import Instruction
@@ -21,6 +22,7 @@ from .isa import Site
 from .isa.emit import storage
 from .order import Order
 from .program import LOCAL_WINDOW, SHARED_WINDOW, limits
+from .shared_checks import Shared
 from .translate import Translator
 
 Array = NDArray[Any]
@@ -63,7 +65,7 @@ class Launch:
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     params: Array
-    memory: checks.Global
+    memory: Global
     symbols: dict[str, int]
     shared_bytes: int
     checks: Checks
@@ -100,21 +102,28 @@ class Threads:
         self.local_state = np.zeros((self.total, local), np.uint8)
         self._special: dict[str, Array] = {}
 
+    @property
+    def _shared_bytes(self) -> int:
+        return self.program.shared_used + self.launch.shared_bytes
+
     def _zero_registers(self) -> list[Array]:
         zeros = {kind: np.zeros(self.total, kind) for kind in ("b1", "u1", "u2", "u4", "u8", "f4", "f8")}
         return [zeros[storage(kind)] for kind in self.program.names.registers.values()]
 
-    def _shared_memory(self) -> checks.Shared:
+    def _shared_memory(self) -> Shared:
         limit = self.program.static_shared + self.launch.shared_bytes
         stride = max(-(-limit // 128) * 128, 128)
         shift = granule(self.program.sites, "shared")
         granules = self.count * stride >> shift
-        return checks.Shared(
+        slots = self.warps_per_block if self.program.names.partial_order else min(self.warps_per_block, 2)
+        strong = any_strong(self.program.sites, "shared")
+        return Shared(
             data=np.full(self.count * stride, 0xFF, np.uint8),
-            state=np.zeros(granules, np.uint8),
+            state=self._fresh_shared(stride, shift),
             writer=np.zeros(granules, np.int64),
-            reader=np.zeros(granules, np.int64),
-            other_reader=np.zeros(granules, np.int64),
+            other_writer=np.zeros(granules if strong else 0, np.int64),
+            readers=np.zeros((granules, slots), np.int64),
+            strong_reader=np.zeros(granules if strong else 0, np.int64),
             clocks=self.order.clocks,
             lowest=limits(self.program.module.target).reserved,
             limit=limit,
@@ -124,6 +133,16 @@ class Threads:
             initialized=self.launch.checks.uninitialized,
             races=self.launch.checks.shared_races,
         )
+
+    def _fresh_shared(self, stride: int, shift: int) -> Array:
+        """The state of shared memory at the start: fresh, and outside between the variables."""
+        state = np.zeros((self.count, stride >> shift), np.uint8)
+        end = self.program.static_shared >> shift
+        if self.program.shared_variables:
+            state[:, :end] = checks.OUTSIDE
+            for _, start, size in self.program.shared_variables:
+                state[:, start >> shift : -(-(start + size) >> shift)] = checks.FRESH
+        return state.reshape(-1)
 
     # ---- faults
 
@@ -157,7 +176,7 @@ class Threads:
         who = "several blocks" if space == "global" and other < 0 else who
         match code:
             case checks.BOUNDS:
-                reason = f"{what} is out of bounds" + self._bounds_hint(space)
+                reason = f"{what} is out of bounds" + self._bounds_hint(space, int(address[position]))
             case checks.ALIGNMENT:
                 reason = f"{what} is not aligned to {site.size} bytes"
             case checks.UNINITIALIZED:
@@ -172,9 +191,13 @@ class Threads:
                 reason = f"{what} overwrites, unordered, what {who} reads"
         self.fail(reason, f"{space}-race" if kind == "race" else kind, site.instruction, int(g.lanes[position]))
 
-    def _bounds_hint(self, space: str) -> str:
+    def _bounds_hint(self, space: str, address: int) -> str:
         if space == "shared":
-            return f": the block has {self.shared.limit - self.shared.lowest} bytes of shared memory"
+            below = [x for x in self.program.shared_variables if x[1] <= address < self.program.static_shared]
+            if below:
+                name, start, size = below[-1]
+                return f": {name} has {size} bytes from {start:#x} on"
+            return f": the block has {self._shared_bytes} bytes of shared memory"
         if space == "local":
             return f": a thread has {self.program.local_size} bytes of local memory"
         return ""
@@ -213,11 +236,10 @@ class Threads:
         }
         if base in masks:
             return masks[base].astype(np.uint32)
-        limit = self.shared.limit - self.shared.lowest
         scalars = {
             "nwarpid": self.warps_per_block,
             "dynamic_smem_size": self.launch.shared_bytes,
-            "total_smem_size": limit,
+            "total_smem_size": self._shared_bytes,
             "nsmid": 1,
         }
         if base == "laneid":
@@ -271,3 +293,8 @@ def granule(sites: list[Site], space: str) -> int:
     """log2 of the bytes that the shadow of a space keeps apart: the narrowest access that can reach it."""
     sizes = [site.size for site in sites if site.space in (space, "generic")]
     return min(sizes, default=16).bit_length() - 1
+
+
+def any_strong(sites: list[Site], space: str) -> bool:
+    """Whether a kernel has strong accesses that can reach a space."""
+    return any(site.strong for site in sites if site.space in (space, "generic"))

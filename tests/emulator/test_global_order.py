@@ -149,3 +149,73 @@ def test_barrier_of_the_grid_without_one_of_its_fences_is_a_race(fence: int) -> 
         emulator.launch(ptx[:start] + ptx[end:], 6, 1, *args)
     assert found.value.kind == "global-race"
     assert found.value.place.source == source_line(rotate, "values[block] = total")
+
+
+@cuda.jit(lineinfo=True)
+def everyone(values, arrived, out):  # type: ignore[no-untyped-def]
+    """The leaders of all blocks meet, and each block reads what the next one wrote."""
+    block, blocks = cuda.blockIdx.x, cuda.gridDim.x
+    if cuda.threadIdx.x == 0:
+        values[block] = block
+        cuda.threadfence()
+        cuda.atomic.add(arrived, 0, 1)
+        while cuda.atomic.add(arrived, 0, 0) < blocks:
+            pass
+        cuda.threadfence()
+    cuda.syncthreads()
+    if cuda.threadIdx.x == 1:
+        out[block] = values[(block + 1) % blocks]
+
+
+def test_all_blocks_that_a_gpu_holds_at_a_time_can_wait_for_each_other() -> None:
+    """As many threads as 64 multiprocessors hold: more than run together where blocks need not wait."""
+    blocks, out = 128, np.zeros(128, "i4")
+    emulator.launch(everyone, blocks, 1024, np.zeros(blocks, "i4"), np.zeros(1, "i4"), out, max_steps=10000)
+    assert out.tolist() == [*range(1, blocks), 0]
+
+
+@cuda.jit(lineinfo=True)
+def some_publish(total, flag, out):  # type: ignore[no-untyped-def]
+    """Blocks 0 to 2 add to a number; only block 2, the last, says so."""
+    block = cuda.blockIdx.x
+    if block < 3:
+        cuda.atomic.add(total, 0, 1)
+    if block == 2:
+        cuda.threadfence()
+        cuda.atomic.exch(flag, 0, 1)
+    if block == 3:
+        while cuda.atomic.add(flag, 0, 0) == 0:
+            pass
+        cuda.threadfence()
+        out[0] = total[0]
+
+
+def test_atomics_of_a_block_that_does_not_publish_them_are_a_race() -> None:
+    with pytest.raises(EmulatorError, match=r"races with a write by block \(1, 0, 0\)") as found:
+        emulator.launch(some_publish, 4, 1, *(np.zeros(1, "i4") for _ in range(3)))
+    assert found.value.place.source == source_line(some_publish, "out[0] = total[0]")
+    assert found.value.place.block == (3, 0, 0)
+
+
+def test_flag_that_was_acquired_may_be_cleared_by_a_plain_store() -> None:
+    assert message("membar.gl; st.volatile.global.u32 [%flag], 1;", f"{ACQUIRES[2]} st.global.u32 [%flag], %f;") == 42
+    clear = "setp.eq.u32 %p, %f, 0; @%p bra poll; st.global.u32 [%flag], 0;"
+    assert message("membar.gl; st.volatile.global.u32 [%flag], 1;", f"{ACQUIRES[2]} {clear} mov.u32 %f, 1;") == 42
+
+
+def test_flag_that_is_cleared_by_a_plain_store_while_another_block_reads_it_is_a_race() -> None:
+    body = """
+    ld.param.u64 %flag, [p0];
+    mov.u32 %c, %ctaid.x;
+    setp.ne.u32 %p, %c, 0;
+    @%p bra clear;
+    ld.volatile.global.u32 %f, [%flag];
+    bra done;
+clear:
+    st.global.u32 [%flag], 9;
+done:
+    """
+    for target in (body, body.replace("bra done;", "membar.gl; bra done;")):
+        with pytest.raises(EmulatorError, match=r"overwrites, unordered, what block \(0, 0, 0\) reads") as found:
+            emulator.launch(entry(target, 1, REGISTERS), 2, 1, np.zeros(1, "u4"))
+        assert found.value.place.ptx == "st.global.u32 [%flag], 9;"

@@ -126,6 +126,31 @@ def test_too_little_shared_memory() -> None:
 
 
 @cuda.jit(lineinfo=True)
+def two_arrays(x, out, shift):  # type: ignore[no-untyped-def]
+    first = cuda.shared.array(64, float32)
+    second = cuda.shared.array(64, float32)
+    t = cuda.threadIdx.x
+    second[t] = x[t]
+    cuda.syncthreads()
+    first[t + shift] = second[t]
+    cuda.syncthreads()
+    out[t] = first[t + shift] + second[t]
+
+
+@pytest.mark.parametrize(("shift", "thread"), [(1, 63), (8, 56)])
+def test_index_past_one_shared_array_does_not_reach_the_next(shift: int, thread: int) -> None:
+    x, out = np.arange(64, dtype="f4"), np.zeros(64, "f4")
+    emulator.launch(two_arrays, 1, 64, x, out, 0)
+    assert (out == 2 * x).all()
+    error = caught(lambda: emulator.launch(two_arrays, 1, 64, x, out, shift))
+    assert error.kind == "bounds"
+    assert "has 256 bytes from" in error.reason
+    assert error.place.thread == (thread, 0, 0)
+    ptx = ptx_of(two_arrays, (x, out, shift), (8, 0))
+    stands(error, ptx, r"st\.shared", source_line(two_arrays, "first[t + shift] = "), 1)
+
+
+@cuda.jit(lineinfo=True)
 def reverse(x, out, sync):  # type: ignore[no-untyped-def]
     buffer = cuda.shared.array(128, float32)
     t = cuda.threadIdx.x

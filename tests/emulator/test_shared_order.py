@@ -283,3 +283,147 @@ def test_ring_of_slots_between_two_warps() -> None:
     out = np.zeros_like(x)
     emulator.launch(ring, 1, 64, x, out)
     np.testing.assert_array_equal(out, x[:, ::-1])
+
+
+CONSUMERS = """
+    mov.u32 %t, %tid.x;
+    ld.param.u64 %out, [p0];
+    mad.wide.u32 %y, %t, 4, %out;
+    mov.u32 %r0, slot;
+    setp.lt.u32 %p, %t, 32;
+    @%p bra producer;
+    bar.sync 1, 128;
+    ld.shared.u32 %d, [%r0];
+    st.global.u32 [%y], %d;
+    shr.u32 %r1, %t, 5;
+    setp.eq.u32 %q, %r1, {forgotten};
+    @%q bra done;
+    bar.arrive 2, {count};
+    bra done;
+producer:
+    st.shared.u32 [%r0], 7;
+    bar.arrive 1, 128;
+    bar.sync 2, {count};
+    st.shared.u32 [%r0], 8;
+done:
+"""
+
+
+def consume(forgotten: int) -> list[int]:
+    """Warp 0 fills a slot that warps 1 to 3 read, and once more when all but a forgotten one say that they have."""
+    out = np.zeros(128, "u4")
+    body = CONSUMERS.format(forgotten=forgotten, count=128 if forgotten > 3 else 96)
+    emulator.launch(entry(body, 1, REGISTERS + ".shared .align 4 .b8 slot[4];"), 1, 128, out)
+    return out.tolist()
+
+
+def test_named_barriers_hand_a_slot_to_three_warps_and_back() -> None:
+    assert consume(forgotten=9) == [0] * 32 + [7] * 96
+
+
+@pytest.mark.parametrize("forgotten", [1, 2, 3])
+def test_slot_that_is_filled_before_one_of_its_readers_is_done_is_a_race(forgotten: int) -> None:
+    with pytest.raises(EmulatorError, match=f"overwrites, unordered, what thread {32 * forgotten + 31}") as found:
+        consume(forgotten)
+    assert found.value.kind == "shared-race"
+    assert found.value.place.ptx == "st.shared.u32 [%r0], 8;"
+
+
+@cuda.jit(lineinfo=True)
+def counted(x, out, sync, reader):  # type: ignore[no-untyped-def]
+    """All threads add to one number, and one of them takes it out."""
+    total = cuda.shared.array(1, int32)
+    t = cuda.threadIdx.x
+    if t == 0:
+        total[0] = 0
+    cuda.syncthreads()
+    cuda.atomic.add(total, 0, x[t])
+    if sync:
+        cuda.syncthreads()
+    if t == reader:
+        out[0] = total[0]
+
+
+@pytest.mark.parametrize("reader", [0, 40, 127])
+def test_sum_by_atomics_that_is_read_before_all_have_added_is_a_race(reader: int) -> None:
+    """The last thread adds last here, by chance: what the others added is not ordered before what it reads."""
+    x, out = np.arange(128, dtype="i4"), np.zeros(1, "i4")
+    emulator.launch(counted, 1, 128, x, out, True, reader)
+    assert out[0] == x.sum()
+    with pytest.raises(EmulatorError, match="races with a write by thread") as found:
+        emulator.launch(counted, 1, 128, x, out, False, reader)
+    assert found.value.kind == "shared-race"
+    assert found.value.place.source == source_line(counted, "out[0] = total[0]")
+
+
+TICKETS = """
+    mov.u32 %t, %tid.x;
+    ld.param.u64 %out, [p0];
+    mov.u32 %r1, data;
+    setp.eq.u32 %p, %t, 0;
+    @%p st.shared.u32 [%r1], 0;
+    bar.sync 0;
+    atom.shared.add.u32 %d, [%r1], 1;
+    setp.ne.u32 %p, %d, 127;
+    @%p bra done;
+    st.shared.u32 [%r1], 0;
+    st.global.u32 [%out], %d;
+done:
+"""
+
+
+def test_thread_that_takes_the_last_ticket_may_reset_their_counter() -> None:
+    """Its atomic has seen all others: it reads what they left."""
+    out = np.zeros(1, "u4")
+    emulator.launch(entry(TICKETS, 1, REGISTERS + SHARED), 1, 128, out)
+    assert out[0] == 127
+
+
+def test_atomic_after_a_read_by_another_warp_is_a_race() -> None:
+    """Also where the last write before was an atomic."""
+    body = """
+    mov.u32 %t, %tid.x;
+    ld.param.u64 %out, [p0];
+    mov.u32 %r1, data;
+    setp.eq.u32 %p, %t, 0;
+    @%p st.shared.u32 [%r1], 0;
+    bar.sync 0;
+    red.shared.add.u32 [%r1], 1;
+    bar.sync 0;
+    setp.ge.u32 %p, %t, 32;
+    @%p bra late;
+    ld.shared.u32 %d, [%r1];
+    bra done;
+late:
+    red.shared.add.u32 [%r1], 2;
+done:
+    """
+    with pytest.raises(EmulatorError, match="overwrites, unordered, what thread") as found:
+        emulator.launch(entry(body, 1, REGISTERS + SHARED), 1, 64, np.zeros(1, "u4"))
+    assert found.value.place.ptx == "red.shared.add.u32 [%r1], 2;"
+
+
+def test_flag_that_is_cleared_by_a_plain_store_while_it_may_be_polled_is_a_race() -> None:
+    """The one who has acquired it may do so; the one who published it may not."""
+    assert message(RELEASES[0], ACQUIRES[0], after="st.shared.u32 [%r1], 0;") == 42
+    late = "poll: ld.volatile.shared.u32 %f, [%r1]; setp.eq.u32 %q, %f, 0; bra done;"
+    body = f"""
+    mov.u32 %t, %tid.x;
+    mov.u32 %r1, flag;
+    setp.eq.u32 %p, %t, 0;
+    @%p st.shared.u32 [%r1], 1;
+    bar.sync 0;
+    setp.eq.u32 %q, %t, 0;
+    @%q bra poll;
+    setp.ne.u32 %p, %t, 32;
+    @%p bra done;
+    add.u32 %t, %t, 0;
+    bra clear;
+{late}
+clear:
+    st.shared.u32 [%r1], 0;
+done:
+    """
+    with pytest.raises(EmulatorError, match="overwrites, unordered, what thread 0 reads") as found:
+        emulator.launch(entry(body, 1, REGISTERS + SHARED), 1, 64, np.zeros(1, "u4"))
+    assert found.value.place.ptx == "st.shared.u32 [%r1], 0;"

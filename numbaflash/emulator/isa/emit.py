@@ -44,6 +44,7 @@ class Site:
         scope: Where it is strong (atomic, volatile, relaxed, acquire or release), so that it does not race with others
             of its kind: ``"cta"``, ``"cluster"``, ``"gpu"`` or ``"sys"``; empty where it is weak.
         read_only: Whether it goes through the non-coherent path (``ld.global.nc``).
+        result: Number of the register that an atomic writes what it found to; -1 where there is none.
     """
 
     index: int
@@ -53,6 +54,7 @@ class Site:
     size: int
     scope: str = ""
     read_only: bool = False
+    result: int = -1
 
     @property
     def strong(self) -> bool:
@@ -104,6 +106,7 @@ class Names:
         constants: Values by the names that generated code has for them.
         sites: Memory instructions.
         fences: Whether an instruction is a fence, or orders memory as one does.
+        partial_order: Whether warps can be ordered by other things than barriers of their whole block.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class Names:
         self.constants: dict[str, object] = {}
         self.sites: list[Site] = []
         self.fences = False
+        self.partial_order = False
         self._constant_names: dict[tuple[str, bytes], str] = {}
 
     def constant(self, value: Any) -> str:
@@ -365,9 +369,9 @@ class Emit:
         self.code.pipe = pipe
         self.code.collective = collective
 
-    def site(self, op: str, space: str, size: int, scope: str = "", read_only: bool = False) -> str:
+    def site(self, op: str, space: str, size: int, scope: str = "", read_only: bool = False, result: int = -1) -> str:
         """Registers a memory site, and names it."""
-        site = Site(len(self.names.sites), self.instruction, op, space, size, scope, read_only)
+        site = Site(len(self.names.sites), self.instruction, op, space, size, scope, read_only, result)
         self.names.sites.append(site)
         name = f"s{site.index}"
         self.names.constants[name] = site

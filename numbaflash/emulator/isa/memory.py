@@ -33,7 +33,7 @@ def _order(e: Emit, fencing: str) -> tuple[str, str]:
 
 
 def _fence(e: Emit, scope: str) -> None:
-    e.names.fences = True
+    e.names.fences = e.names.partial_order = True
     e.line(f"m.fence(g, {device_wide(scope)})")
 
 
@@ -140,7 +140,8 @@ def atomic(e: Emit) -> None:
     values = [e.source(x, kind) for x in rest[1:]]
     space, address = e.address(rest[0], space)
     e.effect("lsu")
-    site = e.site("atomic", space, SIZES[kind], scope)
+    number = e.names.number.get(target.name, -1) if isinstance(target, Reg) else -1
+    site = e.site("atomic", space, SIZES[kind], scope, result=number)
     result = e.temporary()
     if order in ("release", "acq_rel"):
         _fence(e, scope)

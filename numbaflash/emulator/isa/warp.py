@@ -125,6 +125,8 @@ def barrier(e: Emit) -> None:
     e.operands[:] = [target, *operands] if kind == "red" else operands
     extra = 1 if kind == "red" else 0
     e.finish((2,) if kind == "arrive" else (1 + extra, 2 + extra))
+    if kind == "arrive" or len(operands) == 2:
+        e.names.partial_order = True
     number = e.source(operands[0], "u32")
     count = e.source(operands[1], "u32") if len(operands) == 2 else "None"
     e.effect("branch", "warp" if aligned else None)
