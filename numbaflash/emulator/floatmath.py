@@ -57,7 +57,7 @@ _CANONICAL_NAN = np.uint16(0x7FFF)
 
 def flush(x: Array) -> Array:
     """Subnormals to zero of the same sign (.ftz); NaN stays NaN, since NaN * False is NaN."""
-    return x * (np.abs(x) >= _TINY["f4"])
+    return x * (np.abs(x) >= (_TINY["f4"] if x.dtype.itemsize == 4 else _TINY["f8"]))
 
 
 def saturate_unit(x: Array) -> Array:

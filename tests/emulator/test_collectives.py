@@ -95,10 +95,21 @@ def test_matching_lanes_find_each_other() -> None:
     assert (out[32:] == [0, 0]).all()
 
 
+def test_matching_looks_at_all_64_bits() -> None:
+    """The low words are all the same; the high ones tell odd lanes from even ones."""
+    wide = ".reg .b64 %w; and.b32 %r0, %lane, 1; mov.b64 %w, {%a, %r0};"
+    out = collective("match.any.sync.b64 %d, %w, -1;", np.full(64, 7, "u4"), before=wide)
+    assert out[:, 0].tolist() == [0x55555555, 0xAAAAAAAA] * 32
+    out = collective("match.all.sync.b64 %d|%p, %w, -1; selp.u32 %e, 1, 0, %p;", np.full(64, 7, "u4"), before=wide)
+    assert not out.any()
+
+
 REDUCTIONS = [
     ("add.u32", np.add, "u4"),
     ("add.s32", np.add, "i4"),
     ("min.u32", np.minimum, "u4"),
+    ("min.s32", np.minimum, "i4"),
+    ("max.u32", np.maximum, "u4"),
     ("max.s32", np.maximum, "i4"),
     ("and.b32", np.bitwise_and, "u4"),
     ("or.b32", np.bitwise_or, "u4"),
@@ -179,10 +190,13 @@ def block(body: str, threads: int, out: Array, *, shared: str = "", **options: A
     emulator.launch(text, options.pop("grid", 1), threads, out, **options)
 
 
-def test_barrier_orders_the_warps_of_a_block() -> None:
+@pytest.mark.parametrize(
+    "barrier", ["bar.sync 0", "bar.cta.sync 0", "barrier.sync.aligned 3", "barrier.cta.sync 15", "bar.sync 1, 128"]
+)
+def test_barrier_orders_the_warps_of_a_block(barrier: str) -> None:
     out = np.zeros(128, "u4")
     block(
-        "mov.u32 %r0, ours; mad.lo.u32 %r1, %t, 4, %r0; st.shared.u32 [%r1], %t; bar.sync 0;"
+        f"mov.u32 %r0, ours; mad.lo.u32 %r1, %t, 4, %r0; st.shared.u32 [%r1], %t; {barrier};"
         "sub.u32 %r2, 127, %t; mad.lo.u32 %r1, %r2, 4, %r0; ld.shared.u32 %d, [%r1]; st.global.u32 [%y], %d;",
         128,
         out,
@@ -402,3 +416,7 @@ def test_blocks_on_one_machine_keep_their_shared_memory_apart() -> None:
     )
     emulator.launch(text, 40, 64, out)
     assert out.tolist() == list(range(40))
+
+
+def test_every_collective_and_modifier_has_a_row(whole_file: Any) -> None:
+    assert whole_file.missing("warp") == []

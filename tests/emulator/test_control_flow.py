@@ -50,11 +50,12 @@ even:
     assert out.tolist() == [collatz(i + 1) for i in range(64)]
 
 
-def test_indexed_branch_takes_the_table_entry() -> None:
-    out = run("""
+@pytest.mark.parametrize("opcode", ["brx.idx", "brx.idx.uni"])
+def test_indexed_branch_takes_the_table_entry(opcode: str) -> None:
+    out = run(f"""
     and.b32 %r0, %t, 3;
 targets: .branchtargets zero, one, two, one;
-    brx.idx %r0, targets;
+    {opcode} %r0, targets;
 zero:
     mov.u32 %d, 10;
     bra store;
@@ -71,6 +72,18 @@ two:
 def test_guarded_exit_ends_some_threads() -> None:
     out = run("setp.lt.u32 %p, %t, 10; @%p exit; mov.u32 %d, 5;")
     assert out.tolist() == [0] * 10 + [5] * 54
+
+
+@pytest.mark.parametrize("leave", ["exit", "exit.uni", "ret", "ret.uni"])
+def test_what_stands_behind_the_end_is_not_executed(leave: str) -> None:
+    assert run(f"mov.u32 %d, 5; st.global.u32 [%y], %d; {leave}; mov.u32 %d, 6;").tolist() == [5] * 64
+
+
+def test_trap_is_an_error_for_the_threads_that_reach_it() -> None:
+    body = "setp.ge.u32 %p, %t, {}; @%p bra store; trap;"
+    assert run(body.format(0)).tolist() == [0] * 64
+    with pytest.raises(emulator.EmulatorError, match="executed trap"):
+        run(body.format(1))
 
 
 def test_guarded_effects_touch_the_guarded_threads_only() -> None:
@@ -272,3 +285,7 @@ def test_tuples_and_complex_numbers_are_passed_as_numba_does() -> None:
 @pytest.mark.parametrize("time", ["100", "%t"])
 def test_sleeping_takes_no_time_and_changes_nothing(time: str) -> None:
     assert run(f"mov.u32 %d, 3; nanosleep.u32 {time}; add.u32 %d, %d, %t;").tolist() == [3 + i for i in range(64)]
+
+
+def test_every_branch_and_modifier_has_a_row(whole_file: Any) -> None:
+    assert whole_file.missing("control") == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -94,6 +95,10 @@ def test_float_to_integer_rounds_and_clamps(target: str, source: str, mode: str)
             wanted.append(min(max(ROUND_INTEGER[mode](Fraction(x)), low), high))
     (found,) = execute(f"cvt.{mode}.{target}.{source} %d, %a;", [dtype_of(target)], a)
     same(found, as_integers(wanted, dtype_of(target)))
+    same(execute(f"cvt.{mode}.sat.{target}.{source} %d, %a;", [dtype_of(target)], a)[0], found)  # it always clamps
+    if source == "f32":
+        (flushed,) = execute(f"cvt.{mode}.ftz.{target}.f32 %d, %a;", [dtype_of(target)], a)
+        same(flushed, np.where(np.abs(a) < 2.0**-126, np.array(0, found.dtype), found))
 
 
 @pytest.mark.parametrize("mode", ["rn", "rz", "rm", "rp"])
@@ -107,6 +112,10 @@ def test_integer_to_float_rounds_once(target: str, source: str, mode: str) -> No
     wanted = [rounded(Fraction(int(x)), target, mode) for x in a]
     (found,) = execute(f"cvt.{mode}.{target}.{source} %d, %a;", [dtype_of(target)], a, target="sm_90")
     same(found, half_bits(wanted, target) if target in HALF else np.array(wanted, dtype_of(target)))
+    if target in ("f16", "f32"):
+        (found,) = execute(f"cvt.{mode}.sat.{target}.{source} %d, %a;", [dtype_of(target)], a)
+        clamped = np.array([min(max(x, 0.0), 1.0) for x in wanted])
+        same(found, half_bits(clamped, target) if target in HALF else clamped.astype("f4"))
 
 
 def narrowed(a: Array, target: str, mode: str) -> list[float]:
@@ -134,7 +143,13 @@ def test_narrowing_rounds_once(source: str, target: str, mode: str) -> None:
 def test_widening_is_exact(source: str, target: str) -> None:
     bits = np.arange(0, 65536, 7, dtype="u2")
     (found,) = execute(f"cvt.{target}.{source} %d, %a;", [dtype_of(target)], bits, target="sm_90")
-    same(found, bits.view(HALF[source]).astype(dtype_of(target)))
+    exact = bits.view(HALF[source]).astype(dtype_of(target))
+    same(found, exact)
+    if target == "f32":
+        (found,) = execute(f"cvt.sat.f32.{source} %d, %a;", ["f4"], bits, target="sm_90")
+        same(found, unit(exact))
+    if (source, target) == ("f16", "f32"):  # no f16 is so small as to be flushed
+        same(execute("cvt.ftz.f32.f16 %d, %a;", ["f4"], bits)[0], exact)
 
 
 @pytest.mark.parametrize(("mode", "oracle"), [("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)])
@@ -142,6 +157,12 @@ def test_widening_is_exact(source: str, target: str) -> None:
 def test_rounding_to_integral_floats(kind: str, mode: str, oracle: np.ufunc) -> None:
     a = interesting_floats(dtype_of(kind))
     same(execute(f"cvt.{mode}.{kind}.{kind} %d, %a;", [dtype_of(kind)], a)[0], oracle(a))
+    same(execute(f"cvt.{kind}.{kind} %d, %a;", [dtype_of(kind)], a)[0], a)
+
+
+def unit(a: Array) -> Array:
+    """Clamped to [0, 1], NaN to 0."""
+    return np.where(a > 0, np.minimum(a, a.dtype.type(1)), a.dtype.type(0))
 
 
 def test_flush_and_saturation_of_float_conversions() -> None:
@@ -151,10 +172,15 @@ def test_flush_and_saturation_of_float_conversions() -> None:
     tiny = np.float32(2.0**-126)
     flushed = np.where(np.abs(single) < tiny, np.copysign(np.float32(0), single), single)
     same(execute("cvt.rn.ftz.f32.f64 %d, %a;", ["f4"], a)[0], flushed)
-    clamped = np.where(single > 0, np.minimum(single, np.float32(1)), np.float32(0))
-    same(execute("cvt.rn.sat.f32.f64 %d, %a;", ["f4"], a)[0], clamped)
-    same(execute("cvt.sat.f32.f32 %d, %a;", ["f4"], single)[0], clamped)
+    same(execute("cvt.rn.sat.f32.f64 %d, %a;", ["f4"], a)[0], unit(single))
+    same(execute("cvt.sat.f32.f32 %d, %a;", ["f4"], single)[0], unit(single))
+    same(execute("cvt.ftz.f32.f32 %d, %a;", ["f4"], single)[0], flushed)
     same(execute("cvt.ftz.f64.f32 %d, %a;", ["f8"], single)[0], flushed.astype("f8"))
+    same(execute("cvt.f64.f32 %d, %a;", ["f8"], single)[0], single.astype("f8"))
+    same(execute("cvt.rp.ftz.f16.f32 %d, %a;", ["u2"], single)[0], half_bits(narrowed(flushed, "f16", "rp"), "f16"))
+    for source, values in (("f32", single), ("f64", a)):
+        wanted = half_bits(narrowed(unit(values), "f16", "rz"), "f16")
+        same(execute(f"cvt.rz.sat.f16.{source} %d, %a;", ["u2"], values)[0], wanted)
 
 
 @pytest.mark.parametrize("mode", ["rn", "rz"])
@@ -167,15 +193,23 @@ def test_packed_conversion_puts_its_first_source_on_top(kind: str, mode: str) ->
     same(found.astype("u2"), half_bits(narrowed(b, kind, mode), kind))
 
 
-def test_rectified_conversion_drops_negative_values() -> None:
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_rectified_conversion_drops_negative_values(kind: str) -> None:
     a = np.array([-1.0, -0.0, 2.0, math.nan], "f4")
-    same(execute("cvt.rn.relu.f16.f32 %d, %a;", ["u2"], a)[0], half_bits([0.0, 0.0, 2.0, math.nan], "f16"))
-    (found,) = execute("cvt.rn.relu.bf16x2.f32 %d, %a, %a;", ["u4"], a)
-    same(found.astype("u2"), half_bits([0.0, 0.0, 2.0, math.nan], "bf16"))
+    wanted = half_bits([0.0, 0.0, 2.0, math.nan], kind)
+    same(execute(f"cvt.rn.relu.{kind}.f32 %d, %a;", ["u2"], a)[0], wanted)
+    (found,) = execute(f"cvt.rn.relu.{kind}x2.f32 %d, %a, %a;", ["u4"], a)
+    same(found.astype("u2"), wanted)
+    same((found >> np.uint32(16)).astype("u2"), wanted)
 
 
-def test_tf32_keeps_ten_bits_of_fraction() -> None:
+@pytest.mark.parametrize(("mode", "relu"), [("rna", False), ("rn", False), ("rz", False), ("rn", True), ("rz", True)])
+def test_tf32_keeps_ten_bits_of_fraction(mode: str, relu: bool) -> None:
     a = floats("f4")
-    (found,) = execute("cvt.rna.tf32.f32 %d, %a;", ["u4"], a)
-    wanted = np.array(narrowed(a, "tf32", "rna"), "f4")
+    (found,) = execute(f"cvt.{mode}{'.relu' if relu else ''}.tf32.f32 %d, %a;", ["u4"], a)
+    wanted = np.array(narrowed(np.where(relu & ~(a > 0) & ~np.isnan(a), np.float32(0), a), "tf32", mode), "f4")
     same(found, np.where(np.isnan(a), 0x7FFFFFFF, wanted.view("u4")).astype("u4"))
+
+
+def test_every_conversion_and_modifier_has_a_row(whole_file: Any) -> None:
+    assert whole_file.missing("convert") == []

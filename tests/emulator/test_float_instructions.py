@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -117,10 +118,11 @@ def test_fused_multiply_add_rounds_once(opcode: str, kind: str, mode: str) -> No
 
 
 @pytest.mark.parametrize("flags", ["ftz", "sat", "ftz.sat"])
-def test_flushed_and_saturated_fused_multiply_add(flags: str) -> None:
+@pytest.mark.parametrize("name", ["fma", "mad"])
+def test_flushed_and_saturated_fused_multiply_add(name: str, flags: str) -> None:
     values = floats("f4")[::3]
     a, b, c = grid(values, values, values)
-    (found,) = execute(f"fma.rn.{flags}.f32 %d, %a, %b, %c;", ["f4"], a, b, c)
+    (found,) = execute(f"{name}.rn.{flags}.f32 %d, %a, %b, %c;", ["f4"], a, b, c)
     same(found, expected("fma", [a, b, c], "f32", "rn", set(flags.split("."))).astype("f4"))
 
 
@@ -160,6 +162,8 @@ APPROXIMATIONS: list[tuple[str, Callable[[Array], Array], float]] = [
     ("ex2.approx.f32", np.exp2, 3e-7),
     ("lg2.approx.f32", np.log2, 3e-7),
     ("sin.approx.f32", np.sin, 3e-7),
+    ("sin.approx.ftz.f32", np.sin, 3e-7),
+    ("cos.approx.ftz.f32", np.cos, 3e-7),
     ("cos.approx.f32", np.cos, 3e-7),
     ("tanh.approx.f32", np.tanh, 3e-7),
 ]
@@ -203,6 +207,46 @@ def test_approximate_division_of_huge_divisors_gives_zero() -> None:
     same(execute("div.full.f32 %d, %a, %b;", ["f4"], a, b)[0], a / b)
 
 
+@pytest.mark.parametrize("mode", ["rn", "rz", "approx", "full"])
+def test_flushed_division_has_no_subnormals(mode: str) -> None:
+    a = np.array([1e-40, 1.0, 3e-38, 6.0, -1e-40], "f4")
+    b = np.array([1.0, 1e-40, 4.0, 3.0, 2.0], "f4")
+    same(execute(f"div.{mode}.ftz.f32 %d, %a, %b;", ["f4"], a, b)[0], np.array([0, math.inf, 0, 2, -0.0], "f4"))
+
+
+@pytest.mark.parametrize("opcode", ["rcp.approx.ftz.f64", "rsqrt.approx.ftz.f64", "rsqrt.approx.f64"])
+def test_approximations_of_float64(opcode: str) -> None:
+    x = np.concatenate([np.linspace(0.01, 20, 200), [1e-300, 1e300, 0.0, math.inf, math.nan]])
+    with np.errstate(all="ignore"):
+        wanted = 1 / x if opcode.startswith("rcp") else 1 / np.sqrt(x)
+    np.testing.assert_allclose(execute(f"{opcode} %d, %a;", ["f8"], x)[0], wanted, rtol=2.0**-20)
+    tiny = np.array([2.0**-1023, -(2.0**-1023)])
+    (found,) = execute(f"{opcode} %d, %a;", ["f8"], tiny)
+    wanted = [math.inf, -math.inf] if "ftz" in opcode else [2.0**511.5, math.nan]
+    np.testing.assert_allclose(found, wanted, rtol=2.0**-20)
+
+
+@pytest.mark.parametrize("kind", ["f32", "f64"])
+def test_selection_by_a_predicate_or_a_sign(kind: str) -> None:
+    dtype = DTYPE[kind]
+    a, b, c = grid(floats(dtype), floats(dtype)[::3], np.array([-1.0, -0.0, 0.0, 1e-40, -1e-40, math.nan], "f4"))
+    same(execute(f"slct.{kind}.f32 %d, %a, %b, %c;", [dtype], a, b, c)[0], np.where(c >= 0, a, b))
+    flushed_c = np.where(np.abs(c) < SMALLEST_NORMAL["f32"], 0, c)
+    same(execute(f"slct.ftz.{kind}.f32 %d, %a, %b, %c;", [dtype], a, b, c)[0], np.where(flushed_c >= 0, a, b))
+    same(execute(f"slct.{kind}.s32 %d, %a, %b, %c;", [dtype], a, b, c.view("i4"))[0], np.where(c.view("i4") >= 0, a, b))
+    same(execute(f"selp.{kind} %d, %a, %b, %c;", [dtype], a, b, c > 0)[0], np.where(c > 0, a, b))
+
+
+@pytest.mark.parametrize("bits", [16, 32, 64])
+def test_selection_of_bits_and_integers_by_the_sign_of_a_float(bits: int) -> None:
+    dtype = f"u{bits // 8}"
+    a, b, c = grid(np.arange(3, dtype=dtype), np.arange(5, 9, dtype=dtype), np.array([-1.0, -0.0, -1e-40, 2.0], "f4"))
+    for kind in "bsu":
+        same(execute(f"slct.{kind}{bits}.f32 %d, %a, %b, %c;", [dtype], a, b, c)[0], np.where(c >= 0, a, b))
+        text = f"slct.ftz.{kind}{bits}.f32 %d, %a, %b, %c;"
+        same(execute(text, [dtype], a, b, c)[0], np.where((c >= 0) | (c > -1e-38), a, b))
+
+
 @pytest.mark.parametrize("kind", ["f32", "f64"])
 @pytest.mark.parametrize("name", ["min", "max"])
 def test_extremes_prefer_numbers_and_order_zeros(name: str, kind: str) -> None:
@@ -236,6 +280,11 @@ def test_sign_operations_and_properties(kind: str) -> None:
     a, b = grid(floats(dtype), floats(dtype))
     same(execute(f"abs.{kind} %d, %a; neg.{kind} %e, %a;", [dtype, dtype], a)[1], -a)
     same(execute(f"abs.{kind} %d, %a;", [dtype], a)[0], np.abs(a))
+    if kind == "f32":
+        small = np.where(np.abs(a) < SMALLEST_NORMAL[kind], np.copysign(np.float32(0), a), a)
+        same(execute("neg.ftz.f32 %d, %a;", [dtype], a)[0], -small)
+        same(execute("abs.ftz.f32 %d, %a;", [dtype], a)[0], np.abs(small))
+    same(execute(f"mov.{kind} %d, %a;", [dtype], a)[0], a)
     same(execute(f"copysign.{kind} %d, %a, %b;", [dtype], a, b)[0], np.copysign(b, a))
     tiny = np.finfo(dtype).tiny
     properties = {
@@ -250,26 +299,48 @@ def test_sign_operations_and_properties(kind: str) -> None:
         same(execute(f"testp.{name}.{kind} %d, %a;", ["b1"], a)[0], holds)
 
 
-ORDERED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+ORDERED = ["eq", "ne", "lt", "le", "gt", "ge"]
+
+
+COMPARISONS = [*ORDERED, *(f"{x}u" for x in ORDERED), "num", "nan"]
 
 
 @pytest.mark.parametrize("kind", ["f32", "f64"])
-@pytest.mark.parametrize("name", [*ORDERED, *(f"{x}u" for x in ORDERED), "num", "nan"])
+@pytest.mark.parametrize("name", COMPARISONS)
 def test_float_comparison_with_nan(name: str, kind: str) -> None:
-    dtype = DTYPE[kind]
-    a, b = grid(floats(dtype), floats(dtype))
-    nan = np.isnan(a) | np.isnan(b)
-    if name in ("num", "nan"):
-        holds = nan if name == "nan" else ~nan
-    else:
-        plain = np.array([eval(f"x {ORDERED[name[:2]]} y", {"x": x, "y": y}) for x, y in zip(a, b, strict=True)])
-        holds = np.where(nan, name.endswith("u"), plain)
-    same(execute(f"setp.{name}.{kind} %d, %a, %b;", ["b1"], a, b)[0], holds.astype(bool))
+    a, b = grid(floats(DTYPE[kind]), floats(DTYPE[kind]))
+    holds = holding(name, a, b)
+    same(execute(f"setp.{name}.{kind} %d, %a, %b;", ["b1"], a, b)[0], holds)
+    for target, dtype, one in SET:
+        (found,) = execute(f"set.{name}.{target}.{kind} %d, %a, %b;", [dtype], a, b)
+        same(found, np.where(holds, one, 0).astype(dtype))
+
+
+SET = [("u32", "u4", 2**32 - 1), ("s32", "i4", -1), ("f32", "f4", 1), ("f16", "u2", 0x3C00), ("bf16", "u2", 0x3F80)]
+COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+
+
+@pytest.mark.parametrize("kind", ["f32", "f64", "f16", "bf16"])
+@pytest.mark.parametrize("combine", COMBINE)
+def test_float_comparison_combined_with_a_predicate(combine: str, kind: str) -> None:
+    half = kind in NUMPY_HALF
+    values = half_values(kind) if half else floats(DTYPE[kind])
+    a, b, c = grid(values, values[::3], np.array([False, True]))
+    x, y = (half_to_float(z, kind) if half else z for z in (a, b))
+    d, e = execute(f"setp.lt.{combine}.{kind} %d|%e, %a, %b, %c;", ["b1", "b1"], a, b, c, target="sm_90")
+    same(d, COMBINE[combine](x < y, c))
+    same(e, COMBINE[combine](~(x < y), c))
+    for target, dtype, one in SET:
+        (found,) = execute(f"set.lt.{combine}.{target}.{kind} %d, %a, %b, %c;", [dtype], a, b, c, target="sm_90")
+        same(found, np.where(COMBINE[combine](x < y, c), one, 0).astype(dtype))
 
 
 def test_flushed_comparison_sees_subnormals_as_zero() -> None:
     a, b = np.array([1e-40, -1e-40, 1.0], "f4"), np.zeros(3, "f4")
     same(execute("setp.eq.ftz.f32 %d, %a, %b;", ["b1"], a, b)[0], np.array([True, True, False]))
+    for target, dtype, one in SET:
+        (found,) = execute(f"set.eq.ftz.{target}.f32 %d, %a, %b;", [dtype], a, b)
+        same(found, np.array([one, one, 0], dtype))
 
 
 # ---- 16-bit formats
@@ -316,6 +387,10 @@ HALF_ROWS = [
     ("add.ftz.f16", "sm_80"),
     ("add.sat.f16", "sm_80"),
     ("sub.f16", "sm_80"),
+    ("sub.rn.f16", "sm_80"),
+    ("sub.ftz.f16", "sm_80"),
+    ("sub.sat.f16", "sm_80"),
+    ("mul.rn.f16", "sm_80"),
     ("mul.f16", "sm_80"),
     ("mul.ftz.sat.f16", "sm_80"),
     ("fma.rn.f16", "sm_80"),
@@ -325,8 +400,11 @@ HALF_ROWS = [
     ("fma.rn.bf16", "sm_80"),
     ("fma.rn.relu.bf16", "sm_80"),
     ("add.bf16", "sm_90"),
+    ("add.rn.bf16", "sm_90"),
+    ("sub.bf16", "sm_90"),
     ("sub.rn.bf16", "sm_90"),
     ("mul.bf16", "sm_90"),
+    ("mul.rn.bf16", "sm_90"),
 ]
 
 
@@ -347,27 +425,89 @@ def test_half_precision_arithmetic_rounds_once(opcode: str, target: str, packed:
         same(execute(f"{opcode} %d, {registers};", ["u2"], *inputs, target=target)[0], wanted)
 
 
+def extreme(name: str, x: Array, y: Array) -> Array:
+    """min or max: the number where one is NaN, and -0 below +0."""
+    picked = np.where(np.isnan(x), y, np.where(np.isnan(y), x, (np.minimum if name == "min" else np.maximum)(x, y)))
+    negative = (np.logical_or if name == "min" else np.logical_and)(np.signbit(x), np.signbit(y))
+    return np.where((x == 0) & (y == 0), np.where(negative, -0.0, 0.0), picked)
+
+
+def execute_half(opcode: str, operands: str, packed: bool, *inputs: Array) -> Array:
+    """Runs an instruction of one or of two 16-bit floats; of two, the upper ones in reverse order."""
+    if not packed:
+        return execute(f"{opcode} {operands};", ["u2"], *inputs, target="sm_90")[0]
+    both = [np.stack([x, x[::-1]], axis=1).reshape(-1).view("u4") for x in inputs]
+    (found,) = execute(f"{opcode}x2 {operands};", ["u4"], *both, target="sm_90")
+    low, high = found.view("u2").reshape(-1, 2).T
+    same(np.ascontiguousarray(high), np.ascontiguousarray(low[::-1]))
+    return np.ascontiguousarray(low)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["single", "packed"])
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
-def test_half_precision_extremes_signs_and_comparisons(kind: str) -> None:
+@pytest.mark.parametrize("name", ["min", "max"])
+def test_half_precision_extremes(name: str, kind: str, packed: bool) -> None:
     a, b = grid(half_values(kind), half_values(kind))
     x, y = half_to_float(a, kind), half_to_float(b, kind)
     nan = np.isnan(x) | np.isnan(y)
-    lower = np.where(np.isnan(x), y, np.where(np.isnan(y), x, np.minimum(x, y)))
-    lower = np.where((x == 0) & (y == 0), np.where(np.signbit(x) | np.signbit(y), -0.0, 0.0), lower)
-    same(execute(f"min.{kind} %d, %a, %b;", ["u2"], a, b)[0], float_to_half(lower, kind))
-    same(execute(f"min.NaN.{kind} %d, %a, %b;", ["u2"], a, b)[0], float_to_half(np.where(nan, np.nan, lower), kind))
-    same(execute(f"neg.{kind} %d, %a; abs.{kind} %e, %a;", ["u2", "u2"], a)[0], a ^ np.uint16(0x8000))
-    same(execute(f"abs.{kind} %d, %a;", ["u2"], a)[0], a & np.uint16(0x7FFF))
-    same(execute(f"setp.lt.{kind} %d, %a, %b;", ["b1"], a, b, target="sm_90")[0], (x < y) & ~nan)
+    picked = extreme(name, x, y)
+    same(execute_half(f"{name}.{kind}", "%d, %a, %b", packed, a, b), float_to_half(picked, kind))
+    found = execute_half(f"{name}.NaN.{kind}", "%d, %a, %b", packed, a, b)
+    same(found, float_to_half(np.where(nan, np.nan, picked), kind))
+    found = execute_half(f"{name}.xorsign.abs.{kind}", "%d, %a, %b", packed, a, b)
+    signed = np.copysign(extreme(name, np.abs(x), np.abs(y)), np.copysign(1, x) * np.copysign(1, y))
+    same(found, float_to_half(signed, kind))
+    if kind == "f16":
+        small = [np.where(np.abs(z) < SMALLEST_NORMAL[kind], np.copysign(0.0, z), z) for z in (x, y)]
+        found = execute_half(f"{name}.ftz.{kind}", "%d, %a, %b", packed, a, b)
+        same(found, float_to_half(extreme(name, *small), kind))
 
 
-@pytest.mark.parametrize("opcode", ["ex2.approx.f16", "ex2.approx.ftz.bf16", "tanh.approx.f16", "tanh.approx.bf16"])
-def test_half_precision_approximations(opcode: str) -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["single", "packed"])
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_half_precision_signs_and_moves(kind: str, packed: bool) -> None:
+    a = half_values(kind)
+    same(execute_half(f"neg.{kind}", "%d, %a", packed, a), a ^ np.uint16(0x8000))
+    same(execute_half(f"abs.{kind}", "%d, %a", packed, a), a & np.uint16(0x7FFF))
+    same(execute_half(f"mov.{kind}", "%d, %a", packed, a), a)
+
+
+def holding(name: str, x: Array, y: Array) -> Array:
+    """Where a comparison of floats holds."""
+    nan = np.isnan(x) | np.isnan(y)
+    if name in ("num", "nan"):
+        return nan if name == "nan" else ~nan
+    plain = getattr(operator, name[:2])(x, y)
+    return np.where(nan, name.endswith("u"), plain).astype(bool)
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_half_precision_comparison_with_nan(name: str, kind: str) -> None:
+    a, b = grid(half_values(kind), half_values(kind))
+    holds = holding(name, half_to_float(a, kind), half_to_float(b, kind))
+    same(execute(f"setp.{name}.{kind} %d, %a, %b;", ["b1"], a, b, target="sm_90")[0], holds)
+    for target, dtype, one in SET:
+        (found,) = execute(f"set.{name}.{target}.{kind} %d, %a, %b;", [dtype], a, b, target="sm_90")
+        same(found, np.where(holds, one, 0).astype(dtype))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["single", "packed"])
+@pytest.mark.parametrize(
+    "opcode", ["ex2.approx.f16", "ex2.approx.ftz.f16", "ex2.approx.ftz.bf16", "tanh.approx.f16", "tanh.approx.bf16"]
+)
+def test_half_precision_approximations(opcode: str, packed: bool) -> None:
     kind = opcode.rsplit(".", 1)[1]
     values = np.linspace(-8, 8, 200).astype(NUMPY_HALF[kind])
-    (found,) = execute(f"{opcode} %d, %a;", ["u2"], values.view("u2"), target="sm_90")
+    found = execute_half(opcode, "%d, %a", packed, values.view("u2"))
     oracle = (np.exp2 if opcode.startswith("ex2") else np.tanh)(values.astype("f8"))
     np.testing.assert_allclose(half_to_float(found, kind), oracle, rtol=2.0 ** -FORMATS[kind][0] * 1.01)
+
+
+def test_flushed_half_precision_exponential_has_no_subnormal_results() -> None:
+    values = np.array([-14, -14.5, -20, 1], "f2")
+    (found,) = execute("ex2.approx.ftz.f16 %d, %a;", ["u2"], values.view("u2"))
+    np.testing.assert_array_equal(found.view("f2"), [2.0**-14, 0, 0, 2])
 
 
 def ulps(found: Array, wanted: Array) -> Any:
@@ -378,3 +518,7 @@ def test_exp2_matches_numpy_within_an_ulp() -> None:
     x = np.linspace(-120, 120, 4001).astype("f4")
     (found,) = execute("ex2.approx.f32 %d, %a;", ["f4"], x)
     assert ulps(found, np.exp2(x.astype("f8")).astype("f4")) <= 1
+
+
+def test_every_float_instruction_and_modifier_has_a_row(whole_file: Any) -> None:
+    assert whole_file.missing("floating") + whole_file.missing("integer", "data", integers=False) == []

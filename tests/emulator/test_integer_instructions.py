@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
-from emulator.harness import execute, grid, integers, same, signed
+from emulator.harness import Array, execute, grid, integers, same, signed
 
 Oracle = Callable[..., int]
 
@@ -61,50 +63,57 @@ def bytes_of(a: int, is_signed: bool, size: int = 1) -> list[int]:
     return [signed(x, 8 * size) if is_signed else x for x in parts]
 
 
+def dot(a: list[int], b: list[int]) -> int:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
 def top_bit(a: int) -> int:
     if a < 0:
         a = ~a
     return a.bit_length() - 1 if a else 0xFFFFFFFF
 
 
-U32, S32, U64, S64, U16, S16 = ["u4"], ["i4"], ["u8"], ["i8"], ["u2"], ["i2"]
+def shift_to_top(a: int, bits: int) -> int:
+    found = top_bit(a)
+    return found if found == 0xFFFFFFFF else bits - 1 - found
 
-TWO_OPERANDS: list[tuple[str, str, str, Oracle]] = [
-    ("add.u16", "u2", "u2", lambda a, b: a + b),
-    ("add.s32", "i4", "i4", lambda a, b: a + b),
-    ("add.u32", "u4", "u4", lambda a, b: a + b),
-    ("add.s64", "i8", "i8", lambda a, b: a + b),
-    ("add.sat.s32", "i4", "i4", lambda a, b: clamp(a + b, 32, True)),
-    ("sub.s16", "i2", "i2", lambda a, b: a - b),
-    ("sub.u32", "u4", "u4", lambda a, b: a - b),
-    ("sub.u64", "u8", "u8", lambda a, b: a - b),
-    ("sub.sat.s32", "i4", "i4", lambda a, b: clamp(a - b, 32, True)),
-    ("mul.lo.u16", "u2", "u2", lambda a, b: a * b),
-    ("mul.lo.s32", "i4", "i4", lambda a, b: a * b),
-    ("mul.lo.s64", "i8", "i8", lambda a, b: a * b),
-    ("mul.hi.s16", "i2", "i2", lambda a, b: a * b >> 16),
-    ("mul.hi.u16", "u2", "u2", lambda a, b: a * b >> 16),
-    ("mul.hi.u32", "u4", "u4", lambda a, b: a * b >> 32),
-    ("mul.hi.s32", "i4", "i4", lambda a, b: a * b >> 32),
-    ("mul.hi.u64", "u8", "u8", lambda a, b: a * b >> 64),
-    ("mul.hi.s64", "i8", "i8", lambda a, b: a * b >> 64),
-    ("mul.wide.s16", "i2", "i4", lambda a, b: a * b),
-    ("mul.wide.u16", "u2", "u4", lambda a, b: a * b),
-    ("mul.wide.s32", "i4", "i8", lambda a, b: a * b),
-    ("mul.wide.u32", "u4", "u8", lambda a, b: a * b),
-    ("mul24.lo.u32", "u4", "u4", lambda a, b: (a & 0xFFFFFF) * (b & 0xFFFFFF)),
-    ("mul24.hi.u32", "u4", "u4", lambda a, b: (a & 0xFFFFFF) * (b & 0xFFFFFF) >> 16),
-    ("mul24.lo.s32", "i4", "i4", lambda a, b: signed(a, 24) * signed(b, 24)),
-    ("mul24.hi.s32", "i4", "i4", lambda a, b: signed(a, 24) * signed(b, 24) >> 16),
-    ("min.s32", "i4", "i4", min),
-    ("min.u64", "u8", "u8", min),
-    ("max.u16", "u2", "u2", max),
-    ("max.s64", "i8", "i8", max),
-    ("and.b16", "u2", "u2", lambda a, b: a & b),
-    ("and.b32", "u4", "u4", lambda a, b: a & b),
-    ("or.b64", "u8", "u8", lambda a, b: a | b),
-    ("xor.b32", "u4", "u4", lambda a, b: a ^ b),
-]
+
+KINDS = ("u16", "s16", "u32", "s32", "u64", "s64")
+BITS = ("b16", "b32", "b64")
+
+
+def size_of(kind: str) -> int:
+    """Bits of a type."""
+    return int(kind[1:])
+
+
+def dtype_of(kind: str, wider: int = 1) -> str:
+    """NumPy's name of a type, or of one that is wider."""
+    return f"{'i' if kind[0] == 's' else 'u'}{size_of(kind) * wider // 8}"
+
+
+def two_operands() -> Iterator[tuple[str, str, str, Oracle]]:
+    for kind in KINDS:
+        bits, dtype = size_of(kind), dtype_of(kind)
+        yield f"add.{kind}", dtype, dtype, operator.add
+        yield f"sub.{kind}", dtype, dtype, operator.sub
+        yield f"mul.lo.{kind}", dtype, dtype, operator.mul
+        yield f"mul.hi.{kind}", dtype, dtype, lambda a, b, bits=bits: a * b >> bits
+        if bits < 64:
+            yield f"mul.wide.{kind}", dtype, dtype_of(kind, 2), operator.mul
+        yield f"min.{kind}", dtype, dtype, min
+        yield f"max.{kind}", dtype, dtype, max
+    for kind in BITS:
+        dtype = dtype_of(kind)
+        yield f"and.{kind}", dtype, dtype, operator.and_
+        yield f"or.{kind}", dtype, dtype, operator.or_
+        yield f"xor.{kind}", dtype, dtype, operator.xor
+    yield "add.sat.s32", "i4", "i4", lambda a, b: clamp(a + b, 32, True)
+    yield "sub.sat.s32", "i4", "i4", lambda a, b: clamp(a - b, 32, True)
+    yield "max.relu.s32", "i4", "i4", lambda a, b: max(a, b, 0)
+    for part, shift in (("lo", 0), ("hi", 16)):
+        yield f"mul24.{part}.u32", "u4", "u4", lambda a, b, s=shift: (a & 0xFFFFFF) * (b & 0xFFFFFF) >> s
+        yield f"mul24.{part}.s32", "i4", "i4", lambda a, b, s=shift: signed(a, 24) * signed(b, 24) >> s
 
 
 def wrapped(values: list[int], dtype: str) -> np.ndarray:
@@ -113,7 +122,7 @@ def wrapped(values: list[int], dtype: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("opcode", "source", "target", "oracle"), TWO_OPERANDS, ids=lambda x: x if isinstance(x, str) else ""
+    ("opcode", "source", "target", "oracle"), list(two_operands()), ids=lambda x: x if isinstance(x, str) else ""
 )
 def test_two_operand_instruction_matches_exact_integers(opcode: str, source: str, target: str, oracle: Oracle) -> None:
     a, b = grid(integers(source), integers(source))
@@ -132,34 +141,28 @@ def test_division_truncates_towards_zero(kind: str) -> None:
     same(found[1], wrapped([x - quotient(x, y) * y for x, y in pairs], dtype))
 
 
-ONE_OPERAND: list[tuple[str, str, str, Oracle]] = [
-    ("abs.s16", "i2", "i2", abs),
-    ("abs.s32", "i4", "i4", abs),
-    ("abs.s64", "i8", "i8", abs),
-    ("neg.s32", "i4", "i4", lambda a: -a),
-    ("neg.s64", "i8", "i8", lambda a: -a),
-    ("not.b16", "u2", "u2", lambda a: ~a),
-    ("not.b32", "u4", "u4", lambda a: ~a),
-    ("not.b64", "u8", "u8", lambda a: ~a),
-    ("cnot.b32", "u4", "u4", lambda a: int(a == 0)),
-    ("popc.b32", "u4", "u4", lambda a: a.bit_count()),
-    ("popc.b64", "u8", "u4", lambda a: a.bit_count()),
-    ("clz.b32", "u4", "u4", lambda a: 32 - a.bit_length()),
-    ("clz.b64", "u8", "u4", lambda a: 64 - a.bit_length()),
-    ("brev.b32", "u4", "u4", lambda a: int(f"{a:032b}"[::-1], 2)),
-    ("brev.b64", "u8", "u8", lambda a: int(f"{a:064b}"[::-1], 2)),
-    ("bfind.u32", "u4", "u4", lambda a: top_bit(a)),
-    ("bfind.s32", "i4", "u4", lambda a: top_bit(a)),
-    ("bfind.u64", "u8", "u4", lambda a: top_bit(a)),
-    ("bfind.s64", "i8", "u4", lambda a: top_bit(a)),
-    ("bfind.shiftamt.u32", "u4", "u4", lambda a: 31 - top_bit(a) if a else 0xFFFFFFFF),
-    ("mov.b32", "u4", "u4", lambda a: a),
-    ("mov.u64", "u8", "u8", lambda a: a),
-]
+def one_operand() -> Iterator[tuple[str, str, str, Oracle]]:
+    for kind in ("s16", "s32", "s64"):
+        yield f"abs.{kind}", dtype_of(kind), dtype_of(kind), abs
+        yield f"neg.{kind}", dtype_of(kind), dtype_of(kind), operator.neg
+    for kind in BITS:
+        yield f"not.{kind}", dtype_of(kind), dtype_of(kind), operator.invert
+        yield f"cnot.{kind}", dtype_of(kind), dtype_of(kind), lambda a: int(a == 0)
+    for kind in BITS[1:]:
+        bits, dtype = size_of(kind), dtype_of(kind)
+        yield f"popc.{kind}", dtype, "u4", int.bit_count
+        yield f"clz.{kind}", dtype, "u4", lambda a, bits=bits: bits - a.bit_length()
+        yield f"brev.{kind}", dtype, dtype, lambda a, bits=bits: int(f"{a:0{bits}b}"[::-1], 2)
+    for kind in KINDS[2:]:
+        bits, dtype = size_of(kind), dtype_of(kind)
+        yield f"bfind.{kind}", dtype, "u4", top_bit
+        yield f"bfind.shiftamt.{kind}", dtype, "u4", lambda a, bits=bits: shift_to_top(a, bits)
+    for kind in (*BITS, *KINDS):
+        yield f"mov.{kind}", dtype_of(kind), dtype_of(kind), lambda a: a
 
 
 @pytest.mark.parametrize(
-    ("opcode", "source", "target", "oracle"), ONE_OPERAND, ids=lambda x: x if isinstance(x, str) else ""
+    ("opcode", "source", "target", "oracle"), list(one_operand()), ids=lambda x: x if isinstance(x, str) else ""
 )
 def test_one_operand_instruction_matches_exact_integers(opcode: str, source: str, target: str, oracle: Oracle) -> None:
     a = integers(source)
@@ -167,57 +170,53 @@ def test_one_operand_instruction_matches_exact_integers(opcode: str, source: str
     same(found, wrapped([oracle(int(x)) for x in a], target))
 
 
-THREE_OPERANDS: list[tuple[str, list[str], str, Oracle]] = [
-    ("mad.lo.s32", ["i4", "i4", "i4"], "i4", lambda a, b, c: a * b + c),
-    ("mad.lo.u64", ["u8", "u8", "u8"], "u8", lambda a, b, c: a * b + c),
-    ("mad.hi.u32", ["u4", "u4", "u4"], "u4", lambda a, b, c: (a * b >> 32) + c),
-    ("mad.hi.s32", ["i4", "i4", "i4"], "i4", lambda a, b, c: (a * b >> 32) + c),
-    ("mad.hi.sat.s32", ["i4", "i4", "i4"], "i4", lambda a, b, c: clamp((a * b >> 32) + c, 32, True)),
-    ("mad.wide.u32", ["u4", "u4", "u8"], "u8", lambda a, b, c: a * b + c),
-    ("mad.wide.s32", ["i4", "i4", "i8"], "i8", lambda a, b, c: a * b + c),
-    ("mad.wide.s16", ["i2", "i2", "i4"], "i4", lambda a, b, c: a * b + c),
-    ("mad24.lo.u32", ["u4", "u4", "u4"], "u4", lambda a, b, c: (a & 0xFFFFFF) * (b & 0xFFFFFF) + c),
-    ("sad.s32", ["i4", "i4", "u4"], "u4", lambda a, b, c: c + abs(a - b)),
-    ("sad.u16", ["u2", "u2", "u2"], "u2", lambda a, b, c: c + abs(a - b)),
-    ("bfe.u32", ["u4", "u4", "u4"], "u4", lambda a, b, c: field(a, b, c, 32, False)),
-    ("bfe.s32", ["i4", "u4", "u4"], "i4", lambda a, b, c: field(a, b, c, 32, True)),
-    ("bfe.u64", ["u8", "u4", "u4"], "u8", lambda a, b, c: field(a, b, c, 64, False)),
-    ("bfe.s64", ["i8", "u4", "u4"], "i8", lambda a, b, c: field(a, b, c, 64, True)),
-    ("prmt.b32", ["u4", "u4", "u4"], "u4", nibbles),
-    ("shf.l.wrap.b32", ["u4", "u4", "u4"], "u4", lambda a, b, c: (b << 32 | a) << (c & 31) >> 32),
-    ("shf.r.wrap.b32", ["u4", "u4", "u4"], "u4", lambda a, b, c: (b << 32 | a) >> (c & 31)),
-    ("shf.l.clamp.b32", ["u4", "u4", "u4"], "u4", lambda a, b, c: (b << 32 | a) << min(c, 32) >> 32),
-    ("shf.r.clamp.b32", ["u4", "u4", "u4"], "u4", lambda a, b, c: (b << 32 | a) >> min(c, 32)),
-    (
-        "dp4a.s32.s32",
-        ["u4", "u4", "u4"],
-        "u4",
-        lambda a, b, c: c + sum(x * y for x, y in zip(bytes_of(a, True), bytes_of(b, True), strict=True)),
-    ),
-    (
-        "dp4a.u32.s32",
-        ["u4", "u4", "u4"],
-        "u4",
-        lambda a, b, c: c + sum(x * y for x, y in zip(bytes_of(a, False), bytes_of(b, True), strict=True)),
-    ),
-    (
-        "dp2a.lo.s32.u32",
-        ["u4", "u4", "u4"],
-        "u4",
-        lambda a, b, c: c + sum(x * y for x, y in zip(bytes_of(a, True, 2), bytes_of(b, False)[:2], strict=True)),
-    ),
-    (
-        "dp2a.hi.u32.s32",
-        ["u4", "u4", "u4"],
-        "u4",
-        lambda a, b, c: c + sum(x * y for x, y in zip(bytes_of(a, False, 2), bytes_of(b, True)[2:], strict=True)),
-    ),
-    ("slct.u32.s32", ["u4", "u4", "i4"], "u4", lambda a, b, c: a if c >= 0 else b),
-]
+def three_operands() -> Iterator[tuple[str, list[str], str, Oracle]]:
+    for kind in KINDS:
+        bits, dtype = size_of(kind), dtype_of(kind)
+        yield f"mad.lo.{kind}", [dtype] * 3, dtype, lambda a, b, c: a * b + c
+        yield f"mad.hi.{kind}", [dtype] * 3, dtype, lambda a, b, c, bits=bits: (a * b >> bits) + c
+        if bits < 64:
+            wide = dtype_of(kind, 2)
+            yield f"mad.wide.{kind}", [dtype, dtype, wide], wide, lambda a, b, c: a * b + c
+        unsigned = dtype_of(f"u{bits}")
+        yield f"sad.{kind}", [dtype, dtype, unsigned], unsigned, lambda a, b, c: c + abs(a - b)
+    yield "mad.hi.sat.s32", ["i4"] * 3, "i4", lambda a, b, c: clamp((a * b >> 32) + c, 32, True)
+    for part, shift in (("lo", 0), ("hi", 16)):
+        yield (
+            *(f"mad24.{part}.u32", ["u4"] * 3, "u4"),
+            lambda a, b, c, s=shift: ((a & 0xFFFFFF) * (b & 0xFFFFFF) >> s) + c,
+        )
+        yield f"mad24.{part}.s32", ["i4"] * 3, "i4", lambda a, b, c, s=shift: (signed(a, 24) * signed(b, 24) >> s) + c
+    for kind in KINDS[2:]:
+        bits, dtype, is_signed = size_of(kind), dtype_of(kind), kind[0] == "s"
+        yield (
+            *(f"bfe.{kind}", [dtype, "u4", "u4"], dtype),
+            lambda a, b, c, bits=bits, is_signed=is_signed: field(a, b, c, bits, is_signed),
+        )
+    yield "prmt.b32", ["u4"] * 3, "u4", nibbles
+    for limit, amount in (("wrap", lambda c: c & 31), ("clamp", lambda c: min(c, 32))):
+        yield f"shf.l.{limit}.b32", ["u4"] * 3, "u4", lambda a, b, c, n=amount: (b << 32 | a) << n(c) >> 32
+        yield f"shf.r.{limit}.b32", ["u4"] * 3, "u4", lambda a, b, c, n=amount: (b << 32 | a) >> n(c)
+    for x in ("u32", "s32"):
+        for y in ("u32", "s32"):
+            signs = x[0] == "s", y[0] == "s"
+            yield (
+                f"dp4a.{x}.{y}",
+                ["u4"] * 3,
+                "u4",
+                lambda a, b, c, s=signs: c + dot(bytes_of(a, s[0]), bytes_of(b, s[1])),
+            )
+            for part, place in (("lo", slice(0, 2)), ("hi", slice(2, 4))):
+                yield (
+                    *(f"dp2a.{part}.{x}.{y}", ["u4"] * 3, "u4"),
+                    lambda a, b, c, s=signs, place=place: c + dot(bytes_of(a, s[0], 2), bytes_of(b, s[1])[place]),
+                )
+    for kind in (*BITS, *KINDS):
+        yield f"slct.{kind}.s32", [dtype_of(kind)] * 2 + ["i4"], dtype_of(kind), lambda a, b, c: a if c >= 0 else b
 
 
 @pytest.mark.parametrize(
-    ("opcode", "sources", "target", "oracle"), THREE_OPERANDS, ids=lambda x: x if isinstance(x, str) else ""
+    ("opcode", "sources", "target", "oracle"), list(three_operands()), ids=lambda x: x if isinstance(x, str) else ""
 )
 def test_three_operand_instruction_matches_exact_integers(
     opcode: str, sources: list[str], target: str, oracle: Oracle
@@ -246,6 +245,8 @@ def test_bit_mask_and_field_extension(mode: str) -> None:
     (mask,) = execute(f"bmsk.{mode}.b32 %d, %a, %b;", ["u4"], a, b)
     pairs = [(int(x), int(y)) for x, y in zip(a, b, strict=True)]
     same(mask, wrapped([((1 << amount(y)) - 1) << amount(x) for x, y in pairs], "u4"))
+    (plain,) = execute(f"szext.{mode}.u32 %d, %a, %b;", ["u4"], a, b)
+    same(plain, wrapped([x & (1 << amount(y)) - 1 for x, y in pairs], "u4"))
     (extended,) = execute(f"szext.{mode}.s32 %d, %a, %b;", ["i4"], a, b)
     same(extended, wrapped([signed(x, amount(y)) if amount(y) else 0 for x, y in pairs], "i4"))
 
@@ -270,27 +271,60 @@ def test_lop3_computes_its_truth_table(table: int) -> None:
         index = (a >> bit & 1) * 4 + (b >> bit & 1) * 2 + (c >> bit & 1)
         expected |= (table >> index & 1).astype("u4") << np.uint32(bit)
     same(found, expected)
+    for combine, oracle in (("and", np.logical_and), ("or", np.logical_or)):
+        q = np.arange(64) % 2 == 0
+        text = f"lop3.{combine}.b32 %d|%p, %a, %b, %c, {table}, %f; selp.u32 %e, 1, 0, %p;"
+        found, holds = execute(f".reg .pred %p; {text}", ["u4", "u4"], a, b, c, q)
+        same(found, expected)
+        same(holds, oracle(expected != 0, q).astype("u4"))
 
 
-@pytest.mark.parametrize("bits", [32, 64])
-def test_carries_chain_to_wide_sums_and_differences(bits: int) -> None:
-    dtype = f"u{bits // 8}"
+@pytest.mark.parametrize("kind", KINDS[2:])
+def test_carries_chain_to_wide_sums_and_differences(kind: str) -> None:
+    """Numbers of three words: (a, b, c) and (b, c, a), the first the lowest."""
+    bits, dtype = size_of(kind), f"u{size_of(kind) // 8}"
     a, b, c = grid(integers(dtype), integers(dtype)[::3], integers(dtype)[::3])
-    top = 1 << bits
     for sign, name in ((1, "add"), (-1, "sub")):
-        text = f"{name}.cc.u{bits} %d, %a, %b; {name}c.u{bits} %e, %b, %c;"
-        low, high = execute(text, [dtype, dtype], a, b, c)
-        wide = [int(x) + int(y) * top + sign * (int(y) + int(z) * top) for x, y, z in zip(a, b, c, strict=True)]
+        text = f"{name}.cc.{kind} %f, %a, %b; {name}c.cc.{kind} %d, %b, %c; {name}c.{kind} %e, %c, %a;"
+        middle, high = execute(f".reg .b{bits} %f; {text}", [dtype, dtype], a, b, c)
+        wide = [
+            join([x, y, z], bits) + sign * join([y, z, x], bits)
+            for x, y, z in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)
+        ]
+        same(middle, wrapped([x >> bits for x in wide], dtype))
+        same(high, wrapped([x >> 2 * bits for x in wide], dtype))
+        (low,) = execute(f"{name}.cc.{kind} %d, %a, %b;", [dtype], a, b)
         same(low, wrapped(wide, dtype))
-        same(high, wrapped([x >> bits for x in wide], dtype))
 
 
-def test_multiply_add_with_carry_gives_the_wide_product() -> None:
-    a, b, c = grid(integers("u4"), integers("u4")[::2], integers("u4")[::3])
-    low, high = execute("mad.lo.cc.u32 %d, %a, %b, %c; madc.hi.u32 %e, %a, %b, 0;", ["u4", "u4"], a, b, c)
-    wide = [int(x) * int(y) + int(z) for x, y, z in zip(a, b, c, strict=True)]
-    same(low, wrapped(wide, "u4"))
-    same(high, wrapped([x >> 32 for x in wide], "u4"))
+def join(words: list[int], bits: int) -> int:
+    return sum(word << bits * i for i, word in enumerate(words))
+
+
+@pytest.mark.parametrize("kind", KINDS[2:])
+def test_multiply_add_with_carry_gives_the_wide_product(kind: str) -> None:
+    """The middle word of (b, a) * b + (c, c), and the highest."""
+    bits, dtype = size_of(kind), dtype_of(kind)
+    a, b, c = grid(integers(dtype), integers(dtype)[::2], integers(dtype)[::3])
+    top = 1 << bits
+    triples = list(zip(a.tolist(), b.tolist(), c.tolist(), strict=True))
+    text = f"mad.lo.cc.{kind} %d, %a, %b, %c; madc.hi.{kind} %e, %a, %b, 0;"
+    low, high = execute(text, [dtype, dtype], a, b, c)
+    same(low, wrapped([x * y + z for x, y, z in triples], dtype))
+    same(high, wrapped([(x * y >> bits) + ((x * y % top + z % top) >> bits) for x, y, z in triples], dtype))
+    text = f"mad.hi.cc.{kind} %f, %a, %b, %c; madc.lo.cc.{kind} %d, %a, %b, %c; madc.hi.cc.{kind} %e, %b, %c, %a;"
+    text += f" addc.{kind} %e, 0, 0;"
+    middle, carry = execute(f".reg .b{bits} %f; {text}", [dtype, dtype], a, b, c)
+    wanted = []
+    for x, y, z in triples:
+        first = (x * y >> bits) % top + z % top >> bits
+        second = x * y % top + z % top + first
+        third = (y * z >> bits) % top + x % top + (second >> bits)
+        wanted.append((second, third >> bits))
+    same(middle, wrapped([x for x, _ in wanted], dtype))
+    same(carry, wrapped([x for _, x in wanted], dtype))
+    (plain,) = execute(f"add.cc.{kind} %d, %a, %b; madc.lo.{kind} %d, %a, %b, %c;", [dtype], a, b, c)
+    same(plain, wrapped([x * y + z + (x % top + y % top >> bits) for x, y, z in triples], dtype))
 
 
 MODES = {"f4e": lambda s: [s, s + 1, s + 2, s + 3], "b4e": lambda s: [s, (s - 1) % 8, (s - 2) % 8, (s - 3) % 8]}
@@ -309,45 +343,59 @@ COMPARE = {"eq": "__eq__", "ne": "__ne__", "lt": "__lt__", "le": "__le__", "gt":
 COMPARE |= {"lo": "__lt__", "ls": "__le__", "hi": "__gt__", "hs": "__ge__"}
 
 
-@pytest.mark.parametrize("kind", ["u16", "s16", "u32", "s32", "u64", "s64"])
-@pytest.mark.parametrize("name", COMPARE)
+SET = [("u32", "u4", 2**32 - 1), ("s32", "i4", -1), ("f32", "f4", 1), ("f16", "u2", 0x3C00), ("bf16", "u2", 0x3F80)]
+COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+
+
+def check_set(modifiers: str, operands: str, holds: Array, *inputs: Array) -> None:
+    """`set` gives all ones, or a one in a floating-point type."""
+    for target, dtype, one in SET:
+        (found,) = execute(f"set.{modifiers.format(target)} {operands};", [dtype], *inputs)
+        same(found, np.where(holds, one, 0).astype(dtype))
+
+
+def comparisons(kind: str) -> list[str]:
+    if kind[0] == "b":
+        return ["eq", "ne"]
+    return list(COMPARE) if kind[0] == "u" else list(COMPARE)[:6]
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in (*BITS, *KINDS) for name in comparisons(kind)])
 def test_integer_comparison(kind: str, name: str) -> None:
-    if kind[0] == "s" and name in ("lo", "ls", "hi", "hs"):
-        name = "eq"
-    dtype = f"{'i' if kind[0] == 's' else 'u'}{int(kind[1:]) // 8}"
+    dtype = dtype_of(kind)
     a, b = grid(integers(dtype), integers(dtype))
+    holds = np.array([getattr(int(x), COMPARE[name])(int(y)) for x, y in zip(a, b, strict=True)])
     (found,) = execute(f"setp.{name}.{kind} %d, %a, %b;", ["b1"], a, b)
-    same(found, np.array([getattr(int(x), COMPARE[name])(int(y)) for x, y in zip(a, b, strict=True)]))
+    same(found, holds)
+    check_set(f"{name}.{{}}.{kind}", "%d, %a, %b", holds, a, b)
 
 
-@pytest.mark.parametrize(
-    ("combine", "oracle"), [("and", np.logical_and), ("or", np.logical_or), ("xor", np.logical_xor)]
-)
-def test_comparison_combined_with_a_predicate_sets_both_destinations(combine: str, oracle: np.ufunc) -> None:
-    a, b, c = grid(integers("u4"), integers("u4"), np.array([False, True]))
-    d, e = execute(f"setp.lt.{combine}.u32 %d|%e, %a, %b, %c;", ["b1", "b1"], a, b, c)
-    same(d, oracle(a < b, c))
-    same(e, oracle(~(a < b), c))
-    (negated,) = execute(f"setp.lt.{combine}.u32 %d, %a, %b, !%c;", ["b1"], a, b, c)
-    same(negated, oracle(a < b, ~c))
-
-
-def test_set_gives_all_ones_or_a_float_one() -> None:
-    a, b = grid(integers("i4"), integers("i4"))
-    same(execute("set.ge.u32.s32 %d, %a, %b;", ["u4"], a, b)[0], np.where(a >= b, 0xFFFFFFFF, 0).astype("u4"))
-    same(execute("set.ge.f32.s32 %d, %a, %b;", ["f4"], a, b)[0], (a >= b).astype("f4"))
+@pytest.mark.parametrize("kind", [*BITS, *KINDS])
+@pytest.mark.parametrize("combine", COMBINE)
+def test_comparison_combined_with_a_predicate_sets_both_destinations(combine: str, kind: str) -> None:
+    dtype, oracle = dtype_of(kind), COMBINE[combine]
+    a, b, c = grid(integers(dtype)[::2], integers(dtype)[::2], np.array([False, True]))
+    d, e = execute(f"setp.ne.{combine}.{kind} %d|%e, %a, %b, %c;", ["b1", "b1"], a, b, c)
+    same(d, oracle(a != b, c))
+    same(e, oracle(a == b, c))
+    (negated,) = execute(f"setp.eq.{combine}.{kind} %d, %a, %b, !%c;", ["b1"], a, b, c)
+    same(negated, oracle(a == b, ~c))
+    check_set(f"eq.{combine}.{{}}.{kind}", "%d, %a, %b, %c", oracle(a == b, c), a, b, c)
 
 
 @pytest.mark.parametrize(("op", "oracle"), [("and", np.logical_and), ("or", np.logical_or), ("xor", np.logical_xor)])
 def test_predicate_logic(op: str, oracle: np.ufunc) -> None:
     a, b = grid(np.array([False, True]), np.array([False, True]))
-    same(execute(f"{op}.pred %d, %a, %b; not.pred %e, %a;", ["b1", "b1"], a, b)[0], oracle(a, b))
+    both, inverse = execute(f"{op}.pred %d, %a, %b; not.pred %e, %a;", ["b1", "b1"], a, b)
+    same(both, oracle(a, b))
+    same(inverse, ~a)
+    same(execute("mov.pred %d, %a;", ["b1"], a)[0], a)
 
 
-@pytest.mark.parametrize("dtype", ["u2", "u4", "u8", "f4", "f8"])
-def test_selection_and_guards_pick_by_the_predicate(dtype: str) -> None:
+@pytest.mark.parametrize("kind", [*BITS, *KINDS, "f32", "f64"])
+def test_selection_and_guards_pick_by_the_predicate(kind: str) -> None:
+    dtype = f"f{size_of(kind) // 8}" if kind[0] == "f" else dtype_of(kind)
     a, b, c = grid(np.arange(5).astype(dtype), np.arange(5, 9).astype(dtype), np.array([False, True]))
-    kind = {"u2": "b16", "u4": "b32", "u8": "b64", "f4": "f32", "f8": "f64"}[dtype]
     expected = np.where(c, a, b)
     same(execute(f"selp.{kind} %d, %a, %b, %c;", [dtype], a, b, c)[0], expected)
     same(execute(f"mov.{kind} %d, %b; @%c mov.{kind} %d, %a;", [dtype], a, b, c)[0], expected)
@@ -371,3 +419,7 @@ def test_constants_are_wrapped_to_the_type() -> None:
     same(execute("and.b32 %d, %a, -2147483648;", ["u4"], a)[0], a & np.uint32(0x80000000))
     same(execute("mov.u32 %d, 0xFFFFFFFF;", ["u4"], a)[0], np.full_like(a, 0xFFFFFFFF))
     same(execute("add.u32 %d, 5, 6;", ["u4"], a)[0], np.full_like(a, 11))
+
+
+def test_every_integer_instruction_and_modifier_has_a_row(whole_file: Any) -> None:
+    assert whole_file.missing("integer", "data", floats=False) == []

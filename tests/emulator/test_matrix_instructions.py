@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -30,9 +32,10 @@ def matrix_kernel(instruction: str, inputs: int, outputs: int, kind: str = "b32"
     )
 
 
+@pytest.mark.parametrize("space", ["shared", "shared::cta"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["straight", "transposed"])
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_ldmatrix_gives_each_lane_its_pair(count: int, transposed: bool) -> None:
+def test_ldmatrix_gives_each_lane_its_pair(count: int, transposed: bool, space: str) -> None:
     """Thread i stores 32 bytes of shared memory first; the rows are read in a scrambled order."""
     matrices = np.random.default_rng(count).integers(0, 65536, (4, 8, 8), dtype="u2")
     order = np.random.default_rng(1).permutation(32)
@@ -42,7 +45,7 @@ def test_ldmatrix_gives_each_lane_its_pair(count: int, transposed: bool) -> None
     rows = ", ".join(f"%d{i}" for i in range(count))
     text = matrix_kernel(
         f"mov.u32 %s, tile; add.u32 %a4, %a4, %s; st.shared.v4.b32 [%a4], {{%a0, %a1, %a2, %a3}}; bar.warp.sync -1;"
-        f"ldmatrix.sync.aligned.m8n8.x{count}{'.trans' if transposed else ''}.shared.b16 {{{rows}}}, [%a4];",
+        f"ldmatrix.sync.aligned.m8n8.x{count}{'.trans' if transposed else ''}.{space}.b16 {{{rows}}}, [%a4];",
         5,
         count,
     ).replace(".reg .b32 %a", ".shared .align 16 .b8 tile[512]; .reg .b32 %a")
@@ -54,16 +57,17 @@ def test_ldmatrix_gives_each_lane_its_pair(count: int, transposed: bool) -> None
         same(out[:, i], np.ascontiguousarray(pair).view("u4")[:, 0])
 
 
+@pytest.mark.parametrize("space", ["shared", "shared::cta"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["straight", "transposed"])
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_stmatrix_is_the_inverse_of_ldmatrix(count: int, transposed: bool) -> None:
+def test_stmatrix_is_the_inverse_of_ldmatrix(count: int, transposed: bool, space: str) -> None:
     source = np.random.default_rng(count).integers(0, 2**32, (32, count), dtype="u4")
     registers = ", ".join(f"%a{i}" for i in range(count))
     trans = ".trans" if transposed else ""
     back = ", ".join(f"%d{i}" for i in range(count))
     text = matrix_kernel(
         f"mov.u32 %s, tile; mad.lo.u32 %s, %t, 16, %s;"
-        f"stmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 [%s], {{{registers}}}; bar.warp.sync -1;"
+        f"stmatrix.sync.aligned.m8n8.x{count}{trans}.{space}.b16 [%s], {{{registers}}}; bar.warp.sync -1;"
         f"ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {{{back}}}, [%s];",
         count,
         count,
@@ -130,15 +134,17 @@ def test_float_mma_multiplies_and_accumulates(shape: str, kind: str, dtype: np.d
     np.testing.assert_allclose(out, accumulator(exact), rtol=1e-5, atol=1e-5)
 
 
-def test_half_accumulators_are_rounded_pairs() -> None:
+@pytest.mark.parametrize("depth", [8, 16])
+def test_half_accumulators_are_rounded_pairs(depth: int) -> None:
     rng = np.random.default_rng(9)
-    a, b, c = (rng.standard_normal(s).astype("f2") for s in ((16, 16), (8, 16), (16, 8)))
+    a, b, c = (rng.standard_normal(s).astype("f2") for s in ((16, depth), (8, depth), (16, 8)))
     pairs = np.ascontiguousarray(accumulator(c)).view("u4")
-    source = np.concatenate([fragment(a, 2, 2, True), fragment(b, 2, 2, False), pairs], axis=1)
+    halves = depth // 8
+    source = np.concatenate([fragment(a, 2, halves, True), fragment(b, 2, halves, False), pairs], axis=1)
     text = matrix_kernel(
-        f"mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {{%d0, %d1}}, {{{registers(0, 4)}}},"
-        f"{{{registers(4, 2)}}}, {{{registers(6, 2)}}};",
-        8,
+        f"mma.sync.aligned.m16n8k{depth}.row.col.f16.f16.f16.f16 {{%d0, %d1}}, {{{registers(0, 2 * halves)}}},"
+        f"{{{registers(2 * halves, halves)}}}, {{{registers(3 * halves, 2)}}};",
+        3 * halves + 2,
         2,
     )
     out = np.zeros((32, 2), "u4")
@@ -173,3 +179,7 @@ def test_integer_mma_is_exact(shape: str, depth: int, left: str, right: str, sat
     exact = a.astype("i8") @ b.astype("i8").T + c
     wanted = np.clip(exact, -(2**31), 2**31 - 1) if saturated else exact
     same(out.view("i4"), accumulator(wanted.astype("i4")))
+
+
+def test_every_matrix_instruction_and_modifier_has_a_row(whole_file: Any) -> None:
+    assert whole_file.missing("tensor") == []

@@ -12,6 +12,9 @@ from emulator.harness import Array, entry, same
 from numba import cuda, float32, int32
 
 from numbaflash import emulator
+from numbaflash.emulator.ir import SIZES
+
+SCOPES = ("cta", "cluster", "gpu", "sys")
 
 THREAD = """
     mov.u32 %t, %tid.x;
@@ -47,17 +50,106 @@ def test_load_extends_to_its_register(kind: str, dtype: str) -> None:
     same(target, source.astype(target.dtype))
 
 
+TYPES = [f"{letter}{bits}" for letter in "bsu" for bits in (8, 16, 32, 64)]
+TYPES += ["f16", "f16x2", "bf16", "bf16x2", "f32", "f64"]
+
+
+@pytest.mark.parametrize("load", ["ld", "ldu"])
+@pytest.mark.parametrize("kind", TYPES)
+def test_bytes_come_back_as_they_were_stored(kind: str, load: str) -> None:
+    size = SIZES[kind]
+    register = {"f32": "%f0", "f64": "%fd"}.get(kind, {1: "%h0", 2: "%h0", 4: "%r0", 8: "%rd0"}[size])
+    source = np.random.default_rng(3).integers(0, 256, 32 * size, dtype="u1")
+    target = np.zeros_like(source)
+    run(
+        f"mad.wide.u32 %x, %t, {size}, %in; mad.wide.u32 %y, %t, {size}, %out;"
+        f"{load}.global.{kind} {register}, [%x]; st.global.{kind} [%y], {register};",
+        source,
+        target,
+        variables=".reg .f64 %fd;",
+    )
+    same(target, source)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        *(f"ld.global.{x}.u32" for x in ("ca", "cg", "cs", "lu", "cv")),
+        *(f"ld.global.L1::{x}.u32" for x in ("evict_normal", "evict_unchanged", "evict_first", "evict_last")),
+        *(f"ld.global.nc.L1::no_allocate.L2::{x}.u32" for x in ("64B", "128B", "256B")),
+        *("ld.weak.global.u32", "ld.volatile.global.u32", "ldu.global.u32", "ldu.u32", "ld.u32"),
+        *(f"ld.{order}.{scope}.global.u32" for order in ("relaxed", "acquire") for scope in SCOPES),
+    ],
+)
+def test_hints_and_orders_of_loads_do_not_change_what_is_read(load: str) -> None:
+    source, target = np.random.default_rng(4).integers(0, 2**32, 32, dtype="u4"), np.zeros(32, "u4")
+    prefetches = "prefetch.global.L1 [%x]; prefetch.local.L1 [%rd0]; prefetch.L2 [%x]; prefetchu.L1 [%x];"
+    run(
+        "mad.wide.u32 %x, %t, 4, %in; mad.wide.u32 %y, %t, 4, %out; mov.u64 %rd0, mine;"
+        f"{prefetches} {load} %r0, [%x]; st.global.u32 [%y], %r0;",
+        source,
+        target,
+        variables=".local .align 4 .b8 mine[4];",
+    )
+    same(target, source)
+
+
+@pytest.mark.parametrize(
+    "store",
+    [
+        *(f"st.global.{x}.u32" for x in ("wb", "cg", "cs", "wt")),
+        *(f"st.global.L1::{x}.u32" for x in ("evict_normal", "evict_unchanged", "evict_first", "evict_last")),
+        *("st.global.L1::no_allocate.u32", "st.weak.global.u32", "st.volatile.global.u32", "st.u32"),
+        *(f"st.{order}.{scope}.global.u32" for order in ("relaxed", "release") for scope in SCOPES),
+    ],
+)
+def test_hints_and_orders_of_stores_do_not_change_what_is_written(store: str) -> None:
+    source, target = np.random.default_rng(5).integers(0, 2**32, 32, dtype="u4"), np.zeros(32, "u4")
+    fences = "membar.cta; membar.gl; membar.sys;"
+    fences += "".join(f"fence.{x}{scope};" for x in ("", "sc.", "acq_rel.") for scope in SCOPES)
+    run(
+        "mad.wide.u32 %x, %t, 4, %in; mad.wide.u32 %y, %t, 4, %out;"
+        f"ld.global.u32 %r0, [%x]; {store} [%y], %r0; {fences}",
+        source,
+        target,
+    )
+    same(target, source)
+
+
+def test_parameters_of_kernels_and_functions_are_read_by_their_spaces() -> None:
+    target = np.zeros(1, "u4")
+    function = """
+.func (.param .b32 result) next(.param .b32 x)
+{
+    .reg .b32 %a;
+    ld.param::func.u32 %a, [x];
+    add.u32 %a, %a, 1;
+    st.param::func.b32 [result], %a;
+    ret;
+}
+"""
+    run(
+        "ld.param::entry.u64 %out, [p1]; { .param .b32 a; .param .b32 b; st.param.b32 [a], 41;"
+        "call.uni (b), next, (a); ld.param.b32 %r0, [b]; } st.global.u32 [%out], %r0;",
+        np.zeros(1, "u4"),
+        target,
+        threads=1,
+        before=function,
+    )
+    assert target[0] == 42
+
+
 @pytest.mark.parametrize(
     ("vector", "kind", "registers"), [("v2", "b32", "%r0, %r1"), ("v4", "b32", "%r0, %r1, %r2, %r3")]
 )
-@pytest.mark.parametrize("extra", ["", ".ca", ".cg.L2::128B", ".nc.L1::no_allocate"])
-def test_vector_load_and_store_move_neighbours(vector: str, kind: str, registers: str, extra: str) -> None:
+@pytest.mark.parametrize("load", ["ld.global", "ld.global.ca", "ld.global.nc.L1::no_allocate.L2::128B", "ldu.global"])
+def test_vector_load_and_store_move_neighbours(vector: str, kind: str, registers: str, load: str) -> None:
     count = int(vector[1:])
     source = np.random.default_rng(1).integers(0, 2**32, 32 * count, dtype="u4")
     target = np.zeros_like(source)
     run(
         f"mad.wide.u32 %x, %t, {4 * count}, %in; mad.wide.u32 %y, %t, {4 * count}, %out;"
-        f"ld.global{extra}.{vector}.{kind} {{{registers}}}, [%x]; st.global.{vector}.{kind} [%y], {{{registers}}};",
+        f"{load}.{vector}.{kind} {{{registers}}}, [%x]; st.global.{vector}.{kind} [%y], {{{registers}}};",
         source,
         target,
     )
@@ -75,19 +167,19 @@ def test_offsets_and_immediate_sources() -> None:
     same(target, np.concatenate([source[32:], np.full(32, 7, "u4")]))
 
 
-@pytest.mark.parametrize("space", ["shared", "local"])
+@pytest.mark.parametrize("space", ["shared", "shared::cta", "local"])
 @pytest.mark.parametrize("generic", [False, True], ids=["direct", "generic"])
 def test_private_and_shared_memory_hold_what_was_stored(space: str, generic: bool) -> None:
     source, target = np.random.default_rng(2).random(32).astype("f4"), np.zeros(32, "f4")
     suffix = "" if generic else f".{space}"
     convert = f"cvta.{space}.u64 %rd0, %rd0;" if generic else ""
-    step = "mad.wide.u32 %rd1, %t, 4, %rd0;" if space == "shared" else "mov.u64 %rd1, %rd0;"
+    step = "mad.wide.u32 %rd1, %t, 4, %rd0;" if space != "local" else "mov.u64 %rd1, %rd0;"
     run(
         f"mad.wide.u32 %x, %t, 4, %in; mad.wide.u32 %y, %t, 4, %out; mov.u64 %rd0, buffer; {convert} {step}"
         f"ld.global.f32 %f0, [%x]; st{suffix}.f32 [%rd1], %f0; ld{suffix}.f32 %f1, [%rd1]; st.global.f32 [%y], %f1;",
         source,
         target,
-        variables=f".{space} .align 4 .b8 buffer[128];",
+        variables=f".{space.split('::')[0]} .align 4 .b8 buffer[128];",
     )
     same(target, source)
 
@@ -112,7 +204,8 @@ def test_windows_are_told_apart_by_isspacep() -> None:
     source, target = np.zeros(1, "u4"), np.zeros(3, "u4")
     run(
         "mov.u64 %rd0, ours; cvta.shared.u64 %rd0, %rd0;"
-        "isspacep.shared %p, %rd0; selp.u32 %r0, 1, 0, %p; isspacep.global %p, %in; selp.u32 %r1, 1, 0, %p;"
+        "isspacep.shared %p, %rd0; @%p isspacep.shared::cta %p, %rd0; selp.u32 %r0, 1, 0, %p;"
+        "isspacep.global %p, %in; selp.u32 %r1, 1, 0, %p;"
         "isspacep.local %p, %in; selp.u32 %r2, 1, 0, %p;"
         "st.global.u32 [%out], %r0; st.global.u32 [%out+4], %r1; st.global.u32 [%out+8], %r2;",
         source,
@@ -134,13 +227,14 @@ def test_module_variables_have_their_initial_values() -> None:
         "ld.const.u32 %r0, [table+8]; st.global.u32 [%out], %r0;"
         "mov.u64 %rd0, weights; ld.global.u32 %r1, [%rd0+4]; st.global.u32 [%out+4], %r1;"
         "ld.global.u64 %rd1, [pointer]; ld.u32 %r2, [%rd1+12]; st.global.u32 [%out+8], %r2;"
+        "mov.u64 %rd2, table; cvta.const.u64 %rd2, %rd2; ld.u32 %r4, [%rd2+4]; st.global.u32 [%out+16], %r4;"
         "ld.global.u32 %r3, [%rd0+8]; st.global.u32 [%out+12], %r3;",
         np.zeros(1, "u4"),
         target,
         threads=1,
         before=before,
     )
-    assert target[:4].tolist() == [0x30, 0x40000000, 40, 0x40200000]
+    assert target[:5].tolist() == [0x30, 0x40000000, 40, 0x40200000, 20]
 
 
 # ---- atomics
@@ -148,8 +242,8 @@ def test_module_variables_have_their_initial_values() -> None:
 
 def half(dtype: Any) -> Callable[[int, int], int]:
     def add(x: int, y: int) -> int:
-        pair = np.array([x, y], "u2").view(dtype).astype("f8")
-        return int(pair.sum(keepdims=True).astype("f4").astype(dtype).view("u2")[0])
+        pairs = np.array([[x, y]], "u4").T.copy().view("u2").view(dtype).astype("f8")
+        return int(pairs.sum(axis=0).astype("f4").astype(dtype).view("u4")[0])
 
     return add
 
@@ -164,6 +258,10 @@ ATOMICS: list[tuple[str, str, str, Callable[[Any, Any], Any]]] = [
     ("add", "f64", "f8", lambda old, x: old + x),
     ("add.noftz", "f16", "u2", half("f2")),
     ("add.noftz", "bf16", "u2", half(ml_dtypes.bfloat16)),
+    ("add.noftz", "f16x2", "u4", half("f2")),
+    ("add.noftz", "bf16x2", "u4", half(ml_dtypes.bfloat16)),
+    ("add", "s64", "i8", lambda old, x: old + x),
+    ("min", "u32", "u4", min),
     ("min", "s32", "i4", min),
     ("min", "u64", "u8", min),
     ("max", "u32", "u4", max),
@@ -176,24 +274,26 @@ ATOMICS: list[tuple[str, str, str, Callable[[Any, Any], Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("space", ["global", "shared", "generic"])
+@pytest.mark.parametrize("space", ["global", "shared", "shared::cta", "generic"])
 @pytest.mark.parametrize(("name", "kind", "dtype", "oracle"), ATOMICS, ids=lambda x: x if isinstance(x, str) else "")
 def test_atomic_applies_one_thread_after_the_other(
     name: str, kind: str, dtype: str, oracle: Callable[[Any, Any], Any], space: str
 ) -> None:
     size = int(dtype[1])
     rng = np.random.default_rng(4)
-    source = rng.integers(0, 50, 64).astype("f4" if dtype == "u2" else dtype)
-    if dtype == "u2":
-        source = source.astype("f2" if kind == "f16" else ml_dtypes.bfloat16).view("u2")
+    floats = "f16" in kind
+    source = rng.integers(0, 50, 64 * size // 2 if floats else 64).astype("f4" if floats else dtype)
+    if floats:
+        source = source.astype(ml_dtypes.bfloat16 if kind.startswith("b") else "f2").view(dtype)
     start = source[32:34].copy()
     target = np.zeros(34, dtype)
     register = {2: "%h", 4: "%r", 8: "%rd"}[size] if dtype[0] != "f" else {4: "%f", 8: "%fd"}[size]
     move = f"b{size * 8}"
     where = "[%rd6]"
     suffix = "" if space == "generic" else f".{space}"
-    prepare = "add.u64 %rd5, %out, 0;" if space != "shared" else "mov.u64 %rd5, ours;"
+    prepare = "mov.u64 %rd5, ours;" if "shared" in space else "add.u64 %rd5, %out, 0;"
     # lanes take turns on two places: place 0 for even ones
+    operation = "{operation}"
     body = f"""
     {prepare}
     and.b32 %r6, %t, 1;
@@ -205,7 +305,7 @@ def test_atomic_applies_one_thread_after_the_other(
     bar.sync 0;
     mad.wide.u32 %rd7, %t, {size}, %in;
     ld.global.{move} {register}1, [%rd7];
-    atom{suffix}.{name}.{kind} {register}2, {where}, {register}1;
+    {operation}
     mad.wide.u32 %rd7, %t, {size}, %out;
     st.global.{move} [%rd7+{2 * size}], {register}2;
     bar.sync 0;
@@ -213,14 +313,12 @@ def test_atomic_applies_one_thread_after_the_other(
     mad.wide.u32 %rd7, %r6, {size}, %out;
     @%p st.global.{move} [%rd7], {register}3;
     """
-    version = "sm_90" if kind == "bf16" else "sm_80"
-    run(
-        body,
-        source,
-        target,
-        version=version,
-        variables=f".reg .f64 %fd<4>; .shared .align {size} .b8 ours[{2 * size}];",
-    )
+    options = {
+        "version": "sm_90" if kind.startswith("bf16") else "sm_80",
+        "variables": f".reg .f64 %fd<4>; .shared .align {size} .b8 ours[{2 * size}];",
+    }
+    atom = f"atom{suffix}.{name}.{kind} {register}2, {where}, {register}1;"
+    run(body.replace("{operation}", atom), source, target, **options)
     values = [start[0], start[1]]
     returned = []
     with np.errstate(all="ignore"):
@@ -234,6 +332,43 @@ def test_atomic_applies_one_thread_after_the_other(
                 else np.array(int(new) & (1 << 8 * size) - 1, f"u{size}").view(dtype)[()]
             )
     same(target, np.array([*values, *returned], dtype))
+    if name != "exch":
+        target = np.zeros(34, dtype)
+        red = f"red{suffix}.{name}.{kind} {where}, {register}1; mov.{move} {register}2, {register}1;"
+        run(body.replace("{operation}", red), source, target, **options)
+        same(target, np.array([*values, *source[:32]], dtype))
+
+
+ORDERS = ["relaxed", "acquire", "release", "acq_rel"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_orders_and_scopes_of_atomics_do_not_change_their_sum(order: str, scope: str) -> None:
+    target = np.zeros(3, "u4")
+    run(
+        f"atom.{order}.{scope}.global.add.u32 %r0, [%out], %t; red.{order}.{scope}.global.add.u32 [%out+4], %t;"
+        f"atom.{scope}.global.add.u32 %r0, [%out+8], 1;",
+        np.zeros(1, "u4"),
+        target,
+    )
+    assert target.tolist() == [496, 496, 32]
+
+
+@pytest.mark.parametrize("bits", [16, 32, 64])
+def test_compare_and_swap_compares_all_of_its_bits_and_no_more(bits: int) -> None:
+    register = {16: "%h", 32: "%r", 64: "%rd"}[bits]
+    start = np.array([5, 5 + (1 << bits - 1), 5, 7], f"u{bits // 8}")
+    target = start.copy()
+    run(
+        f"mul.wide.u32 %y, %t, {bits // 8}; add.u64 %y, %y, %out;"
+        f"mov.b{bits} {register}1, 5; mov.b{bits} {register}2, 9;"
+        f"atom.global.cas.b{bits} {register}0, [%y], {register}1, {register}2;",
+        np.zeros(1, "u4"),
+        target,
+        threads=4,
+    )
+    same(target, np.where(start == 5, 9, start).astype(start.dtype))
 
 
 def test_compare_and_swap_lets_one_thread_win() -> None:
@@ -263,7 +398,8 @@ def test_reduction_without_a_result() -> None:
     [
         ("cp.async.ca.shared.global [%r0], [%x], 4;", 4, 4),
         ("cp.async.ca.shared.global [%r0], [%x], 8;", 8, 8),
-        ("cp.async.ca.shared.global.L2::128B [%r0], [%x], 16;", 16, 16),
+        *((f"cp.async.ca.shared.global.L2::{x} [%r0], [%x], 16;", 16, 16) for x in ("64B", "128B", "256B")),
+        ("cp.async.ca.shared::cta.global [%r0], [%x], 16;", 16, 16),
         ("cp.async.cg.shared.global [%r0], [%x], 16;", 16, 16),
         ("cp.async.cg.shared.global [%r0], [%x], 16, 0;", 16, 0),
         ("cp.async.cg.shared.global [%r0], [%x], 16, 12;", 16, 12),
@@ -338,3 +474,7 @@ def test_numba_constant_arrays() -> None:
     out = np.zeros(32, "i4")
     emulator.launch(kernel, 1, 32, out)
     same(out, table[np.arange(32) % 10])
+
+
+def test_every_memory_instruction_and_modifier_has_a_row(whole_file: Any) -> None:
+    assert whole_file.missing("memory") == []

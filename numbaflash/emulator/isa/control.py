@@ -52,10 +52,10 @@ def trap(e: Emit) -> None:
     e.line(f"m.trap(g, {here(e)})")
 
 
-@op("nanosleep", "pmevent")
+@op("nanosleep")
 def pause(e: Emit) -> None:
     """nanosleep: takes no time here."""
-    e.flag("u32")
+    e.type("u32")
     e.finish(1)
     e.effect("branch")
     if isinstance(e.operands[0], Reg):

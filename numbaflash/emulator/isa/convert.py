@@ -9,6 +9,7 @@ from .floating import HALF
 _INTEGERS = tuple(f"{sign}{bits}" for sign in "us" for bits in (8, 16, 32, 64))
 _SCALARS = ("f16", "bf16", "f32", "f64")
 _PACKED = ("f16x2", "bf16x2")
+_SATURATED = ("f16", "f32")
 _ROUNDINGS = ("rn", "rz", "rm", "rp")
 _INTEGER_ROUNDINGS = ("rni", "rzi", "rmi", "rpi")
 
@@ -77,7 +78,7 @@ def _to_integer(e: Emit, target: str, source: str) -> None:
 
 def _from_integer(e: Emit, target: str, source: str) -> None:
     mode = e.one_of(*_ROUNDINGS)
-    saturated = target != "f64" and e.flag("sat")
+    saturated = target in _SATURATED and e.flag("sat")
     e.finish(2)
     a = e.source(e.operands[1], source)
     value = f"from_integer({a}, {target!r}, {mode!r})"
@@ -93,9 +94,9 @@ def _floats(e: Emit, target: str, source: str) -> None:
         mode = e.one_of(*_ROUNDINGS)
     elif target == source:
         mode = e.one_of(*_INTEGER_ROUNDINGS, default="none")
-    ftz = "f32" in (target, source) and e.flag("ftz")
-    saturated = target != "f64" and e.flag("sat")
-    relu = narrowing and target in HALF and e.flag("relu")
+    ftz = "f32" in (target, source) and "bf16" not in (target, source) and e.flag("ftz")
+    saturated = target in _SATURATED and e.flag("sat")
+    relu = source == "f32" and target in HALF and e.flag("relu")
     e.finish(2)
     value = _float_source(e, source, ftz and source == "f32")
     if mode in _INTEGER_ROUNDINGS:

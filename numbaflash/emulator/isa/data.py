@@ -48,21 +48,17 @@ def _part(e: Emit, kind: str, count: int) -> str:
 @op("setp", "set")
 def compare(e: Emit) -> None:
     """setp, set: compare, and combine with a predicate."""
-    kind = e.type("b16", "b32", "b64", *INT, *FLOAT)
+    kind = e.type("b16", "b32", "b64", *INT, "f16", "bf16", "f32", "f64")
     target = "pred" if e.op == "setp" else e.type("u32", "s32", "f32", "f16", "bf16")
-    ftz = (kind in ("f32", "f16", "f16x2")) and e.flag("ftz")
+    ftz = kind == "f32" and e.flag("ftz")
     combine = e.one_of("and", "or", "xor", default="none")
     name = _comparison(e, kind)
     if kind == "bf16":
         e.needs(90)
-    if kind.endswith("x2"):
-        e.unsupported(f"type .{kind}")
     e.finish(3 if combine == "none" else 4)
     a, b = (e.source(x, kind) for x in e.operands[1:3])
     if kind in HALF:
         a, b = f"widen({a}, {kind!r})", f"widen({b}, {kind!r})"
-        if ftz:
-            e.unsupported("modifier .ftz")
     if ftz:
         a, b = f"flush({a})", f"flush({b})"
     sign = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
@@ -129,35 +125,6 @@ def permute(e: Emit) -> None:
     e.finish(4)
     a, b, selector = (e.source(x, "u32") for x in e.operands[1:])
     e.result(e.operands[0], f"permute({a}, {b}, {selector}, {mode!r})", "b32")
-
-
-@op("cvta")
-def convert_address(e: Emit) -> None:
-    """cvta: state space <-> generic addresses."""
-    e.type("u64")
-    to = e.flag("to")
-    space = e.one_of("global", "shared", "local", "const", "param", "shared::cta")
-    if space == "param":
-        e.unsupported("space .param")
-    e.finish(2)
-    base = e.names.windows[space.split("::")[0]]
-    operand = e.operands[1]
-    if isinstance(operand, Symbol) and not to:
-        e.result(e.operands[0], e.symbol_address(operand, "u8", base), "u64")
-        return
-    value = e.source(operand, "u64")
-    if base:
-        value = f"{value} {'-' if to else '+'} {e.integer(base, 'u8')}"
-    e.result(e.operands[0], value, "u64")
-
-
-@op("isspacep")
-def is_space(e: Emit) -> None:
-    """isspacep: whether a generic address lies in a window."""
-    space = e.one_of("global", "shared", "local", "const", "shared::cta")
-    e.finish(2)
-    address = e.source(e.operands[1], "u64")
-    e.result(e.operands[0], f"m.in_window({address}, {space.split('::')[0]!r})", "pred")
 
 
 def literal(e: Emit, position: int) -> int:

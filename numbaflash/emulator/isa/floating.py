@@ -16,7 +16,7 @@ _ROUNDINGS = ("rn", "rz", "rm", "rp")
 def arithmetic(e: Emit) -> None:
     """add, sub, mul, fma, mad."""
     name = "fma" if e.op == "mad" else e.op
-    kind = e.type(*FLOAT)
+    kind = e.type(*(("f32", "f64") if e.op == "mad" else FLOAT))
     ftz = kind in ("f32", "f16", "f16x2") and e.flag("ftz")
     sat = kind in ("f32", "f16", "f16x2") and e.flag("sat")
     relu = name == "fma" and kind in HALF and e.flag("relu")
@@ -25,8 +25,6 @@ def arithmetic(e: Emit) -> None:
     mode = e.one_of(*modes) if needs_mode else e.one_of(*modes, default="rn")
     if kind.startswith("bf16"):
         e.needs(80 if name == "fma" else 90)
-    if e.op == "mad" and kind in HALF:
-        e.unsupported(f"type .{kind}")
     e.code.pipe = "fp64" if kind == "f64" else "fma"
     e.finish(4 if name == "fma" else 3)
     sources = [e.source(x, kind) for x in e.operands[1:]]
@@ -69,12 +67,10 @@ def division(e: Emit) -> None:
 def sign_operation(e: Emit) -> None:
     """abs, neg."""
     kind = e.type(*FLOAT)
-    ftz = kind in ("f32", "f16", "f16x2") and e.flag("ftz")
+    ftz = kind == "f32" and e.flag("ftz")
     e.finish(2)
     a = e.source(e.operands[1], kind)
     if kind in HALF:
-        if ftz:
-            e.unsupported("modifier .ftz")
         e.result(e.operands[0], f"sign_bits({e.op!r}, {kind!r}, {a})", kind)
         return
     value = f"absolute({a})" if e.op == "abs" else f"-{a}"
@@ -107,14 +103,13 @@ def float_extreme(e: Emit) -> None:
 def root_or_reciprocal(e: Emit) -> None:
     """rcp, sqrt, rsqrt: .approx, or rounded (not rsqrt)."""
     kind = e.type("f32", "f64")
-    ftz = e.flag("ftz")
     approximate = kind == "f32" or e.op != "sqrt"
     modes = (*(_ROUNDINGS if e.op != "rsqrt" else ()), *(("approx",) if approximate else ()))
     mode = e.one_of(*modes)
-    if kind == "f64" and mode == "approx" and e.op == "rcp" and not ftz:
-        e.unsupported("leaving out .ftz")
-    if kind == "f64" and ftz and mode != "approx":
-        e.unsupported("modifier .ftz")
+    if kind == "f64" and e.op == "rcp" and mode == "approx":
+        ftz = bool(e.one_of("ftz"))
+    else:
+        ftz = (kind == "f32" or mode == "approx") and e.flag("ftz")
     e.code.pipe = "mufu" if mode == "approx" or kind == "f32" else "fp64"
     e.finish(2)
     a = e.source(e.operands[1], kind)
@@ -122,11 +117,10 @@ def root_or_reciprocal(e: Emit) -> None:
         name, sources = ("sqrt", a) if e.op == "sqrt" else ("div", f"{_one(e, kind)}, {a}")
         e.result(e.operands[0], f"arithmetic({name!r}, {kind!r}, {mode!r}, {(ftz, False, False)}, {sources})", kind)
         return
-    flush = ftz and kind == "f32"
-    a = f"flush({a})" if flush else a
+    a = f"flush({a})" if ftz else a
     one = _one(e, kind)
     value = {"rcp": f"{one} / {a}", "sqrt": f"sqrt({a})", "rsqrt": f"{one} / sqrt({a})"}[e.op]
-    e.result(e.operands[0], f"flush({value})" if flush else value, kind)
+    e.result(e.operands[0], f"flush({value})" if ftz else value, kind)
 
 
 def _one(e: Emit, kind: str) -> str:
@@ -140,10 +134,13 @@ def approximation(e: Emit) -> None:
     kind = e.type("f32", *halves)
     if kind.startswith("bf16"):
         e.needs(90)
-    ftz = e.op != "tanh" and e.flag("ftz")
+    if e.op == "tanh":
+        ftz = False
+    elif kind.startswith("bf16"):
+        ftz = bool(e.one_of("ftz"))
+    else:
+        ftz = e.flag("ftz")
     e.one_of("approx")
-    if kind.startswith("bf16") and e.op == "ex2" and not ftz:
-        e.unsupported("leaving out .ftz")
     e.code.pipe = "mufu"
     e.finish(2)
     a = e.source(e.operands[1], kind)

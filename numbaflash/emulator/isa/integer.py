@@ -6,6 +6,8 @@ from ..ir import SIZES
 from .emit import Emit, op
 
 INT = ("u16", "u32", "u64", "s16", "s32", "s64")
+_WIDE = ("u32", "s32", "u64", "s64")
+"""What carries run through."""
 FLOAT = ("f16", "f16x2", "bf16", "bf16x2", "f32", "f64")
 CARRY = "%carry"
 """The condition code register CC.CF, kept like any other register."""
@@ -31,7 +33,7 @@ def add(e: Emit) -> None:
         return
     kind = e.type(*INT)
     sign = "+" if e.op == "add" else "-"
-    if e.flag("cc"):
+    if kind in _WIDE and e.flag("cc"):
         _carry(e, kind, carry_in=False, carry_out=True)
     elif kind == "s32" and e.flag("sat"):
         e.finish(3)
@@ -46,14 +48,12 @@ def add(e: Emit) -> None:
 @op("addc", "subc")
 def add_with_carry(e: Emit) -> None:
     """addc, subc: add and subtract with carry in."""
-    kind = e.type("u32", "s32", "u64", "s64")
+    kind = e.type(*_WIDE)
     _carry(e, kind, carry_in=True, carry_out=e.flag("cc"))
 
 
 def _carry(e: Emit, kind: str, carry_in: bool, carry_out: bool) -> None:
     e.finish(3)
-    if kind not in ("u32", "s32", "u64", "s64"):
-        e.unsupported(f"type .{kind}")
     e.code.pure = False
     a, b = (e.source(x, bits(kind)) for x in e.operands[1:])
     _carried(e, f"{e.op[:3]}_carry({a}, {b}, {_carry_in(e, carry_in)})", bits(kind), carry_out)
@@ -85,8 +85,8 @@ def multiply(e: Emit) -> None:
         arithmetic(e)
         return
     kind = e.type(*INT)
-    part = e.one_of("lo", "hi", "wide")
-    carry_out = e.op == "mad" and part != "wide" and e.flag("cc")
+    part = e.one_of("lo", "hi", *(("wide",) if SIZES[kind] < 8 else ()))
+    carry_out = e.op == "mad" and part != "wide" and kind in _WIDE and e.flag("cc")
     saturated = e.op == "mad" and part == "hi" and kind == "s32" and e.flag("sat")
     e.code.pipe = "imad"
     e.finish(4 if e.op == "mad" else 3)
@@ -106,7 +106,7 @@ def multiply(e: Emit) -> None:
 @op("madc")
 def multiply_with_carry(e: Emit) -> None:
     """madc: multiply-add with carry in."""
-    kind = e.type("u32", "s32", "u64", "s64")
+    kind = e.type(*_WIDE)
     part = e.one_of("lo", "hi")
     carry_out = e.flag("cc")
     e.code.pipe, e.code.pure = "imad", False
@@ -124,8 +124,6 @@ def _product(e: Emit, kind: str, part: str) -> tuple[str, str]:
     a, b = (e.source(x, kind) for x in e.operands[1:3])
     if part == "hi":
         return f"multiply_high({a}, {b})", bits(kind)
-    if size == 8:
-        e.unsupported("type .wide of 64 bits")
     wide = f"{kind[0]}{size * 16}"
     product = f"({a}.astype({'i' if kind[0] == 's' else 'u'}{size * 2}) * {b})"
     return f"{product}.view(u{size * 2})" if kind[0] == "s" else product, bits(wide)

@@ -1,4 +1,4 @@
-"""Loads, stores, atomics, asynchronous copies and fences (PTX ISA, "Data Movement", "Parallel Synchronization")."""
+"""Loads, stores, atomics, asynchronous copies, fences and addresses (PTX ISA, "Data Movement", "Atomics")."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ _TYPES = (
     *("b8", "b16", "b32", "b64", "u8", "u16", "u32", "u64", "s8", "s16", "s32", "s64"),
     *("f32", "f64", "f16", "f16x2", "bf16", "bf16x2"),
 )
-_SPACES = ("global", "shared", "local", "param", "const", "shared::cta", "param::entry", "param::func")
+_SPACES = ("global", "shared", "shared::cta", "local", "param", "param::func")
 _SCOPES = ("cta", "cluster", "gpu", "sys")
-_CACHE = ("ca", "cg", "cs", "lu", "cv", "wb", "wt")
-_HINTS = (
-    *(f"L1::{hint}" for hint in ("evict_normal", "evict_unchanged", "evict_first", "evict_last", "no_allocate")),
-    *("L2::64B", "L2::128B", "L2::256B"),
+_EVICTION = tuple(
+    f"L1::{hint}" for hint in ("evict_normal", "evict_unchanged", "evict_first", "evict_last", "no_allocate")
 )
+_PREFETCH = ("L2::64B", "L2::128B", "L2::256B")
 
 
-def _space(e: Emit) -> str:
-    space = e.one_of(*_SPACES, default="generic").split("::")[0]
+def _space(e: Emit, *others: str) -> str:
+    space = e.one_of(*_SPACES, *others, default="generic").split("::")[0]
     return "global" if space == "const" else space
 
 
@@ -37,11 +36,17 @@ def _fence(e: Emit, scope: str) -> None:
     e.line(f"m.fence(g, {device_wide(scope)})")
 
 
-def _hints(e: Emit) -> None:
+def _hints(e: Emit, *operators: str) -> None:
     """Cache operators and hints change no result."""
-    e.one_of(*_CACHE, default="")
-    for hint in _HINTS:
-        e.flag(hint)
+    e.one_of(*operators, default="")
+    e.one_of(*_EVICTION, default="")
+
+
+def _element(e: Emit, kind: str, count: int) -> int:
+    """Bytes of each element of a vector, which has 16 at most."""
+    if SIZES[kind] * count > 16:
+        e.unsupported(f"a vector of {count} .{kind}")
+    return SIZES[kind]
 
 
 @op("ld", "ldu")
@@ -49,12 +54,18 @@ def load(e: Emit) -> None:
     """ld, ldu: scalars and vectors; wider destinations are sign- or zero-extended."""
     kind = e.type(*_TYPES)
     count = int(e.one_of("v2", "v4", default="v1")[1:])
-    order, scope = _order(e, "acquire")
-    space = _space(e)
-    read_only = e.op == "ldu" or e.flag("nc")
-    _hints(e)
+    read_only = e.op == "ldu"
+    order, scope = "weak", ""
+    if read_only:
+        space = e.one_of("global", default="generic")
+    else:
+        order, scope = _order(e, "acquire")
+        space = _space(e, "const", "param::entry")
+        read_only = e.flag("nc")
+        _hints(e, "ca", "cg", "cs", "lu", "cv")
+        e.one_of(*_PREFETCH, default="")
     e.finish(2)
-    size = SIZES[kind]
+    size = _element(e, kind, count)
     target, source = e.operands
     targets = target.items if isinstance(target, Vector) else (target,)
     if len(targets) != count:
@@ -92,9 +103,9 @@ def store(e: Emit) -> None:
     count = int(e.one_of("v2", "v4", default="v1")[1:])
     order, scope = _order(e, "release")
     space = _space(e)
-    _hints(e)
+    _hints(e, "wb", "cg", "cs", "wt")
     e.finish(2)
-    size = SIZES[kind]
+    size = _element(e, kind, count)
     values = e.many(e.operands[1], f"b{size * 8}")
     if len(values) != count:
         e.bad_operand(e.operands[1])
@@ -174,8 +185,7 @@ def asynchronous_copy(e: Emit) -> None:
     cached = e.one_of("ca", "cg")
     e.one_of("shared", "shared::cta")
     e.one_of("global")
-    for hint in ("L2::64B", "L2::128B", "L2::256B"):
-        e.flag(hint)
+    e.one_of(*_PREFETCH, default="")
     e.finish((3, 4))
     size = literal(e, 2)
     if size not in ((4, 8, 16) if cached == "ca" else (16,)):
@@ -195,6 +205,33 @@ def asynchronous_copy(e: Emit) -> None:
     e.line(f"m.copy_async(g, {site}, s{len(e.names.sites) - 1}, {target}, {source}, {used})")
 
 
+@op("cvta")
+def convert_address(e: Emit) -> None:
+    """cvta: state space <-> generic addresses."""
+    e.type("u64")
+    to = e.flag("to")
+    space = e.one_of("global", "shared", "local", "const", "shared::cta")
+    e.finish(2)
+    base = e.names.windows[space.split("::")[0]]
+    operand = e.operands[1]
+    if isinstance(operand, Symbol) and not to:
+        e.result(e.operands[0], e.symbol_address(operand, "u8", base), "u64")
+        return
+    value = e.source(operand, "u64")
+    if base:
+        value = f"{value} {'-' if to else '+'} {e.integer(base, 'u8')}"
+    e.result(e.operands[0], value, "u64")
+
+
+@op("isspacep")
+def is_space(e: Emit) -> None:
+    """isspacep: whether a generic address lies in a window; constants lie in global memory here."""
+    space = e.one_of("global", "shared", "local", "shared::cta")
+    e.finish(2)
+    address = e.source(e.operands[1], "u64")
+    e.result(e.operands[0], f"m.in_window({address}, {space.split('::')[0]!r})", "pred")
+
+
 @op("membar", "fence")
 def fence(e: Emit) -> None:
     """membar, fence: they order what was written before later atomics, for the checks of races."""
@@ -210,9 +247,10 @@ def fence(e: Emit) -> None:
 
 @op("prefetch", "prefetchu")
 def prefetch(e: Emit) -> None:
-    """prefetch: changes nothing."""
-    e.one_of("global", "local", default="generic")
-    e.one_of("L1", "L2", default="L1")
+    """prefetch, prefetchu: change nothing."""
+    if e.op == "prefetch":
+        e.one_of("global", "local", default="generic")
+    e.one_of("L1", *(("L2",) if e.op == "prefetch" else ()))
     e.finish(1)
     e.effect("lsu")
     e.address(e.operands[0], "generic")

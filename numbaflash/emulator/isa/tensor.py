@@ -43,8 +43,7 @@ def _matrix_modifiers(e: Emit) -> None:
     e.one_of("sync")
     e.one_of("aligned")
     e.one_of("m8n8")
-    if e.one_of("shared", "shared::cta", default="generic") == "generic":
-        e.unsupported("leaving out .shared")
+    e.one_of("shared", "shared::cta")
 
 
 def _registers(e: Emit, operand: Operand, count: int) -> tuple[Operand, ...]:
@@ -53,41 +52,34 @@ def _registers(e: Emit, operand: Operand, count: int) -> tuple[Operand, ...]:
     return operand.items
 
 
-# Registers of A, B and C (or D) per lane, by shape and input type: 32 bits each.
+# Registers of A and B per lane, by input type and shape: 32 bits each.
 _SHAPES = {
-    ("m16n8k8", "f16"): (2, 1),
-    ("m16n8k16", "f16"): (4, 2),
-    ("m16n8k8", "bf16"): (2, 1),
-    ("m16n8k16", "bf16"): (4, 2),
-    ("m16n8k4", "tf32"): (2, 1),
-    ("m16n8k8", "tf32"): (4, 2),
-    ("m16n8k16", "s8"): (2, 1),
-    ("m16n8k32", "s8"): (4, 2),
+    "f16": {"m16n8k8": (2, 1), "m16n8k16": (4, 2)},
+    "bf16": {"m16n8k8": (2, 1), "m16n8k16": (4, 2)},
+    "tf32": {"m16n8k4": (2, 1), "m16n8k8": (4, 2)},
+    "s8": {"m16n8k16": (2, 1), "m16n8k32": (4, 2)},
+    "u8": {"m16n8k16": (2, 1), "m16n8k32": (4, 2)},
 }
+_INPUTS = {"f16": ("f16",), "f32": ("f16", "bf16", "tf32"), "s32": ("s8", "u8")}
+"""Input types by the type of the accumulator."""
 
 
 @op("mma")
 def multiply_accumulate(e: Emit) -> None:
     """mma.sync: f16, bf16, tf32 and 8-bit integer inputs."""
     e.needs(80)
+    accumulator = e.type(*_INPUTS)
+    right = e.type(*_INPUTS[accumulator])
+    left = e.type(*(_INPUTS["s32"] if accumulator == "s32" else (right,)))
+    out = e.type(accumulator)
     e.one_of("sync")
     e.one_of("aligned")
-    shape = e.one_of("m16n8k4", "m16n8k8", "m16n8k16", "m16n8k32")
+    shape = e.one_of(*_SHAPES[left])
     e.one_of("row")
     e.one_of("col")
-    saturated = e.flag("satfinite")
-    if len(e.mods) != 4:
-        e.unsupported(f"{len(e.mods)} types")
-    out, left, right, accumulator = e.mods
-    e.mods.clear()
-    family = "s8" if left in ("s8", "u8") and right in ("s8", "u8") else left
-    if (shape, family) not in _SHAPES or (family != "s8" and left != right):
-        e.unsupported(f"{shape} with .{left}.{right}")
-    wanted = ("s32",) if family == "s8" else ("f32", "f16") if family == "f16" else ("f32",)
-    if out not in wanted or out != accumulator or (saturated and family != "s8"):
-        e.unsupported(f"accumulator .{out} with .{accumulator}")
+    saturated = out == "s32" and e.flag("satfinite")
     e.finish(4)
-    count_a, count_b = _SHAPES[shape, family]
+    count_a, count_b = _SHAPES[left][shape]
     count_c = 2 if out == "f16" else 4
     kind = {"f32": "f32", "s32": "s32", "f16": "b32"}[out]
     targets = _registers(e, e.operands[0], count_c)
@@ -96,8 +88,8 @@ def multiply_accumulate(e: Emit) -> None:
     c = [e.source(x, kind) for x in _registers(e, e.operands[3], count_c)]
     e.effect("tensor", "warp")
     name = e.temporary()
-    types = left if family != "s8" else f"{left}.{right}"
-    extra = f", {saturated}" if family == "s8" else ""
+    types = left if out != "s32" else f"{left}.{right}"
+    extra = f", {saturated}" if out == "s32" else ""
     e.line(
         f"{name} = m.mma_{out}(g, {here(e)}, {types!r}, ({', '.join(a)},), ({', '.join(b)},), ({', '.join(c)},){extra})"
     )
