@@ -98,7 +98,8 @@ def sample_awq(model: Llama, ids: list[int], dtype: str) -> AWQQuantizer:
     """The quantizer from the queries and keys of a text."""
     recorder = Recorder(cache_for(model, len(ids), "float16", None))
     model.hidden(ids, 0, recorder)
-    return AWQQuantizer.search(np.stack(recorder.queries), np.stack(recorder.keys), dtype=dtype)
+    samples = np.stack(recorder.queries), np.stack(recorder.keys)
+    return AWQQuantizer.search(*samples, rotary="adjacent", sink_tokens=SINK_TOKENS, dtype=dtype)
 
 
 def measure() -> list[Row]:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cpu import RUN_FIELDS, contiguous_run
-from ..cpu.runs import START
+from ..cpu import RUN_FIELDS
+from ..cpu.code_paging import CODE_PAGES, all_finite, list_seen_runs
 from ..problem import FLOAT16
 from .layer import Layer, NewTokens, Segment
 from .layout import RingLayout
@@ -28,6 +28,10 @@ from .quantizers import Quantizer
 from .token_ring import TokenRing
 
 __all__ = ["QuantizedLayer"]
+
+
+# A number above that of any page.
+_NO_PAGE = 1 << 62
 
 
 class QuantizedLayer(Layer):
@@ -56,7 +60,18 @@ class QuantizedLayer(Layer):
         self._intact = layout.sink_tokens
         self._quantizer = quantizer
         self._table = PageTable(pool, layout.ring_slots)
-        self._listed: tuple[tuple[int, int], NDArray[np.int64], NDArray[np.int64]] | None = None
+        self._addresses = np.zeros(layout.ring_slots, np.int64)
+        record = (
+            self._addresses.ctypes.data,
+            layout.ring_slots,
+            page_format.row_nbytes,
+            page_format.key_nbytes,
+            page_format.value_nbytes,
+            page_format.kv_heads * page_format.key_nbytes,
+            page_format.codes_nbytes,
+        )
+        self._record = np.array([record], CODE_PAGES)
+        self._record_address = self._record.ctypes.data
 
     @property
     def intact(self) -> int:
@@ -74,6 +89,7 @@ class QuantizedLayer(Layer):
         twin = QuantizedLayer(self.index, self.layout, ring, self.page_format, pool, self._quantizer)
         twin._intact = self._intact
         twin._table = self._table.fork()
+        twin._addresses[:] = self._addresses
         return twin
 
     def release(self) -> None:
@@ -106,8 +122,7 @@ class QuantizedLayer(Layer):
             self.discard(new)
             raise
         for number, page in enumerate(new.pages, new.first_page):
-            self._table[self._slot(number)] = page
-            self._listed = None
+            self._put(number, page)
         self._intact = max(self._intact, self.length - self.layout.ring_tokens)
 
     def check_queries(self, start: int) -> None:
@@ -147,70 +162,45 @@ class QuantizedLayer(Layer):
             intact: As the property.
         """
         for number, content in pages:
-            slot = self._slot(number)
-            self._table[slot] = self._table.pool.acquire()
-            self._table.content(slot)[:] = content
+            page = self._table.pool.acquire()
+            self._table.pool.content(page)[:] = content
+            self._put(number, page)
         self._intact = intact
 
     def segments(self, start: int, stop: int, new: NewTokens) -> list[Segment]:
         """Part queries at `start` to `stop` by pages, and list what each part sees, in order of positions."""
-        sinks, size = self.layout.sink_tokens, self.layout.page_size
-        first = self._first_page(start)
-        codes, parameters = self._codes(first, max(stop - 1 - sinks, 0) // size, new)
+        sinks, size, length = self.layout.sink_tokens, self.layout.page_size, self.length
+        keys, values = new.keys, new.values
+        tokens = (keys.ctypes.data, *keys.strides[:2], values.ctypes.data, *values.strides[:2])
+        new_pages = np.array([self._table.pool.address(page) for page in new.pages], np.int64)
+        fresh = (new.first_page, new_pages.ctypes.data) if new.pages else (_NO_PAGE, 0)
         segments = []
         while start < stop:
             # Sink tokens and the page behind them are all in float16.
-            page = max(start - sinks, 0) // size
-            behind = min(sinks + (page + 1) * size, stop)
-            seen = slice(self._first_page(start) - first, page - first)
-            before, after = self._raw_runs(sinks + page * size, behind, new)
-            table = np.concatenate((before, codes[seen], after))
-            of_codes = np.zeros((len(table), 2), np.int64)
-            of_codes[len(before) : len(table) - len(after)] = parameters[seen]
-            segments.append(Segment(start, behind, table, of_codes))
+            own = max(start - sinks, 0) // size
+            behind = min(sinks + (own + 1) * size, stop)
+            first = self._first_page(start)
+            most = self.layout.sink_slots + own - first + 3
+            table, parameters = np.empty((most, RUN_FIELDS), np.int64), np.empty((most, 2), np.int64)
+            rows = list_seen_runs(
+                self.ring.record_address,
+                self._record_address,
+                first,
+                own,
+                *fresh,
+                length,
+                behind,
+                *tokens,
+                table.ctypes.data,
+                parameters.ctypes.data,
+            )
+            segments.append(Segment(start, behind, table[:rows], parameters[:rows]))
             start = behind
         return segments
 
     def _first_page(self, position: int) -> int:
         """The oldest page that a query at `position` sees."""
         return (self.layout.first_visible(position) - self.layout.sink_tokens) // self.layout.page_size
-
-    def _raw_runs(self, own: int, stop: int, new: NewTokens) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows of the table for the sink tokens, and for the float16 tokens from `own` to `stop`."""
-        sinks, length = self.layout.sink_tokens, self.length
-        stored = np.empty((self.ring.max_runs, RUN_FIELDS), np.int64)
-        stored = stored[: self.ring.list_runs(own, stored.ctypes.data)]
-        behind_sinks = int(np.searchsorted(stored[:, START], sinks))
-        added: list[list[tuple[int, ...]]] = [[], []]
-        for rows, begin, end in ((added[0], length, min(sinks, stop)), (added[1], max(own, length), stop)):
-            if begin < end and len(new.keys):
-                taken = slice(begin - length, end - length)
-                rows.append(contiguous_run(new.keys[taken], new.values[taken], begin))
-        before, after = (np.array(rows, np.int64).reshape(-1, RUN_FIELDS) for rows in added)
-        return np.concatenate((stored[:behind_sinks], before)), np.concatenate((stored[behind_sinks:], after))
-
-    def _codes(self, first: int, behind: int, new: NewTokens) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows of the table, and of the parameters, of the pages of codes `first` to `behind`."""
-        which = first, behind
-        if self._listed and self._listed[0] == which and not new.pages:
-            return self._listed[1:]
-        numbers = np.arange(first, behind)
-        addresses = [
-            self._table.pool.address(new.pages[number - new.first_page])
-            if new.first_page <= number < new.first_page + len(new.pages)
-            else self._table.address(self._slot(number))
-            for number in range(first, behind)
-        ]
-        keys = np.array(addresses, np.int64)
-        size, shape = self.layout.page_size, self.page_format
-        table = np.empty((len(keys), RUN_FIELDS), np.int64)
-        table[:, 0], table[:, 1] = keys, keys + shape.kv_heads * shape.key_nbytes
-        table[:, START] = self.layout.sink_tokens + numbers * size
-        table[:, 3:] = size, shape.row_nbytes, shape.key_nbytes, shape.row_nbytes, shape.value_nbytes
-        parameters = table[:, :2] + shape.codes_nbytes
-        if not new.pages:
-            self._listed = which, table, parameters
-        return table, parameters
 
     def _fill_pages(self, keys: NDArray[Any], values: NDArray[Any]) -> tuple[int, list[int]]:
         """Quantize the pages that new tokens in float16 fill: number of the first, and all of them."""
@@ -243,6 +233,12 @@ class QuantizedLayer(Layer):
         sinks, size = self.layout.sink_tokens, self.layout.page_size
         return sinks + (position - sinks) // size * size if position >= sinks else 0
 
+    def _put(self, number: int, page: int) -> None:
+        """Give a page, by its number behind the sink tokens, its slot."""
+        slot = self._slot(number)
+        self._table[slot] = page
+        self._addresses[slot] = self._table.pool.address(page)
+
     def _slot(self, number: int) -> int:
         """The slot of a page by its number behind the sink tokens."""
         return number % self.layout.ring_slots
@@ -250,9 +246,12 @@ class QuantizedLayer(Layer):
 
 def _stored(name: str, given: NDArray[Any]) -> NDArray[Any]:
     """Round to float16, which must be finite."""
-    with np.errstate(over="ignore"):
-        stored = np.ascontiguousarray(given, FLOAT16)
-    if not np.isfinite(stored).all():
+    if given.dtype == FLOAT16:
+        stored = np.ascontiguousarray(given)
+    else:
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(given, FLOAT16)
+    if not all_finite(stored.reshape(-1).view(np.uint16)):
         row, head, _ = (int(axis[0]) for axis in np.nonzero(~np.isfinite(stored)))
         raise ValueError(
             f"{name} must be finite in float16 to be quantized, got {given[row, head].max()} or NaN "

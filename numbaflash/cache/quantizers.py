@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..arrays import as_numpy
 from ..cpu.fit import encode, half_quadratic
-from .channel_scales import search_channel_scales
+from .channel_scales import ROTARY, Seen, search_channel_scales
 from .page_format import BITS, GROUP_SIZES, PageFormat, Quantized
 
 __all__ = ["AWQQuantizer", "GroupQuantizer", "HQQQuantizer", "Quantizer", "quantizer_of"]
@@ -241,31 +241,54 @@ class AWQQuantizer(HQQQuantizer):
 
     @classmethod
     def search(
-        cls, q: Any, k: Any, *, dtype: str = "int4", group_size: int | None = None, symmetric: bool = False
+        cls,
+        q: Any,
+        k: Any,
+        *,
+        rotary: str | None = None,
+        sink_tokens: int = 0,
+        page_size: int = 64,
+        dtype: str = "int4",
+        group_size: int | None = None,
+        symmetric: bool = False,
     ) -> AWQQuantizer:
         """Search the channel scales that change the attention of sample queries least.
 
         Args:
             q: (num_layers, T, Hq, D) queries of one text, as they would come to `step`.
             k: (num_layers, T, Hkv, D) its keys. 1,000 tokens serve well, a few hundred fit themselves alone.
-            dtype: Storage that they are for.
+            rotary: Which channels the model's rotary positions turn together, for they must share a scale:
+                "adjacent" (2j and 2j + 1: GGUF's llama), "halves" (j and j + D / 2: transformers), None where none are.
+            sink_tokens: Of the cache that the scales are for, like the next two.
+            page_size: Tokens of a page.
+            dtype: Storage dtype.
             group_size: As in `Quantizer`.
             symmetric: As in `Quantizer`.
 
         Raises:
             TypeError: No arrays of floats.
-            ValueError: Wrong shapes, NaN or infinities, or the group does not divide D.
+            ValueError: Wrong shapes, NaN or infinities, no such `rotary`, too few tokens for any to become codes, or
+                the group does not divide D.
         """
         queries, keys = as_numpy(q, "q"), as_numpy(k, "k")
         _check_samples(queries, keys)
+        if rotary not in ROTARY:
+            raise ValueError(f"rotary must be {', '.join(map(repr, ROTARY))}, got {rotary!r}")
+        seen = Seen(sink_tokens, page_size)
         fitter = HQQQuantizer(group_size, symmetric, "token")
-        page_format = fitter.page_format(dtype, keys.shape[2], 8, keys.shape[3])
+        page_format = fitter.page_format(dtype, keys.shape[2], page_size, keys.shape[3])
+        if keys.shape[1] <= sink_tokens + page_size:
+            raise ValueError(
+                f"k must have more tokens than sinks and a page, {sink_tokens} + {page_size}; got {keys.shape[1]}"
+            )
 
         def dequantize(x: _Floats) -> _Floats:
             return fitter.dequantized(x, page_format.bits, page_format.key_group)
 
         scales = [
-            search_channel_scales(queries[layer].astype(np.float32), keys[layer].astype(np.float32), dequantize)
+            search_channel_scales(
+                queries[layer].astype(np.float32), keys[layer].astype(np.float32), dequantize, seen, rotary
+            )
             for layer in range(len(keys))
         ]
         return cls(group_size, symmetric, channel_scales=np.stack(scales))

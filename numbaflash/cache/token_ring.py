@@ -28,6 +28,7 @@ class TokenRing:
         dtype: Of the tokens.
         kv_heads: Heads of keys and values.
         head_dim: Elements of a key and of a value.
+        record_address: Of the ring as compiled functions see it, a RING record.
     """
 
     def __init__(self, layout: RingLayout, pool: PagePool) -> None:
@@ -48,7 +49,7 @@ class TokenRing:
             self.head_dim * pool.dtype.itemsize,
         )
         self._record = np.array([record], RING)
-        self._record_address = self._record.ctypes.data
+        self.record_address = self._record.ctypes.data
 
     def fork(self) -> TokenRing:
         """Return a twin that shares all pages."""
@@ -94,12 +95,12 @@ class TokenRing:
 
     def list_runs(self, start: int, table_address: int) -> int:
         """Write the sink tokens and the ring tokens from `start` on as rows of `KVRuns.table`; return their number."""
-        rows: int = list_runs(self._record_address, start, self.length, table_address)
+        rows: int = list_runs(self.record_address, start, self.length, table_address)
         return rows
 
     def _copy(self, copy: Any, start: int, stop: int, keys: NDArray[Any], values: NDArray[Any]) -> None:
         places = (keys.ctypes.data, *keys.strides[:2], values.ctypes.data, *values.strides[:2])
-        copy(self._record_address, start, stop, *places)
+        copy(self.record_address, start, stop, *places)
 
     def _own(self, slots: list[int]) -> None:
         """See that every slot has a page which nobody else sees; nothing has changed when that fails."""

@@ -24,7 +24,7 @@ from .runs import (
 from .task import record_at
 from .vector import copy_bytes, load_int, store_int
 
-__all__ = ["RING", "gather_tokens", "list_runs", "scatter_tokens"]
+__all__ = ["RING", "gather_tokens", "list_runs", "list_stretches", "ring_at", "scatter_tokens", "store_run"]
 
 # A layer's ring, as the functions below see it; see `cache.layout.RingLayout`. `pages` is the address of the page
 # table: for each slot, sinks first, the address of its page's keys. A page holds (kv_heads, page_size) rows of keys,
@@ -36,7 +36,7 @@ RING = np.dtype(
     ]
 )
 
-_ring_at = instruction(*record_at(RING))
+ring_at = instruction(*record_at(RING))
 
 
 @native
@@ -65,20 +65,27 @@ def _next_stretch(ring, position, stop):
 
 
 @native
-def _list_stretches(ring, position, stop, row):
+def store_run(row, keys, values, start, count, k_token, k_head, v_token, v_head):
+    """Write a row of `KVRuns.table`."""
+    store_int(row + 8 * K_ADDRESS, keys)
+    store_int(row + 8 * V_ADDRESS, values)
+    store_int(row + 8 * START, start)
+    store_int(row + 8 * COUNT, count)
+    store_int(row + 8 * K_TOKEN_STRIDE, k_token)
+    store_int(row + 8 * K_HEAD_STRIDE, k_head)
+    store_int(row + 8 * V_TOKEN_STRIDE, v_token)
+    store_int(row + 8 * V_HEAD_STRIDE, v_head)
+
+
+@native
+def list_stretches(ring, position, stop, row):
     """Write a run for each stretch from `position` to `stop`; the address behind the last one."""
     head_stride = ring.page_size * ring.row_bytes
     while position < stop:
         end = _next_stretch(ring, position, stop)
         keys = _keys_at(ring, position)
-        store_int(row + 8 * K_ADDRESS, keys)
-        store_int(row + 8 * V_ADDRESS, keys + ring.kv_heads * head_stride)
-        store_int(row + 8 * START, position)
-        store_int(row + 8 * COUNT, end - position)
-        store_int(row + 8 * K_TOKEN_STRIDE, ring.row_bytes)
-        store_int(row + 8 * K_HEAD_STRIDE, head_stride)
-        store_int(row + 8 * V_TOKEN_STRIDE, ring.row_bytes)
-        store_int(row + 8 * V_HEAD_STRIDE, head_stride)
+        values = keys + ring.kv_heads * head_stride
+        store_run(row, keys, values, position, end - position, ring.row_bytes, head_stride, ring.row_bytes, head_stride)
         row += 8 * RUN_FIELDS
         position = end
     return row
@@ -91,9 +98,9 @@ def list_runs(ring_address, start, stop, table):
     Returns:
         The number of rows: at most two more than the ring has slots.
     """
-    ring = _ring_at(ring_address)
-    row = _list_stretches(ring, 0, min(ring.sink_tokens, stop), table)
-    return (_list_stretches(ring, start, stop, row) - table) // (8 * RUN_FIELDS)
+    ring = ring_at(ring_address)
+    row = list_stretches(ring, 0, min(ring.sink_tokens, stop), table)
+    return (list_stretches(ring, start, stop, row) - table) // (8 * RUN_FIELDS)
 
 
 @native
@@ -123,10 +130,10 @@ def scatter_tokens(ring_address, start, stop, keys, k_token, k_head, values, v_t
 
     Strides are in bytes; a head's row is contiguous.
     """
-    _copy_tokens(_ring_at(ring_address), start, stop, keys, k_token, k_head, values, v_token, v_head, True)
+    _copy_tokens(ring_at(ring_address), start, stop, keys, k_token, k_head, values, v_token, v_head, True)
 
 
 @kernel
 def gather_tokens(ring_address, start, stop, keys, k_token, k_head, values, v_token, v_head):
     """The reverse of `scatter_tokens`."""
-    _copy_tokens(_ring_at(ring_address), start, stop, keys, k_token, k_head, values, v_token, v_head, False)
+    _copy_tokens(ring_at(ring_address), start, stop, keys, k_token, k_head, values, v_token, v_head, False)

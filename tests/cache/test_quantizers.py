@@ -98,6 +98,50 @@ def test_awq_protects_attention_where_a_channel_is_large():
     assert score_error(quantizer, *folded) < 0.2 * score_error(plain, k, q)
 
 
+def rotated(x, start, rotary):
+    """(T, H, D) at the positions `start` and on, pairs turning more slowly from one to the next."""
+    turns = (start + np.arange(len(x)))[:, None, None] * 0.3 ** np.arange(x.shape[2] // 2)
+    first, second = (x[..., 0::2], x[..., 1::2]) if rotary == "adjacent" else np.split(x, 2, axis=-1)
+    turned = first * np.cos(turns) - second * np.sin(turns), first * np.sin(turns) + second * np.cos(turns)
+    return (np.stack(turned, -1).reshape(x.shape) if rotary == "adjacent" else np.concatenate(turned, -1)).astype(
+        np.float32
+    )
+
+
+@pytest.mark.parametrize("rotary", ["adjacent", "halves"])
+def test_scales_of_rotated_channels_hold_at_positions_beyond_the_samples(rotary):
+    rng = np.random.default_rng(7)
+    q, k = (rng.standard_normal((2, 300, 1, 64), np.float32) for _ in range(2))
+    slow = (
+        40 if rotary == "adjacent" else 20
+    )  # the first channel of a pair that takes more tokens than there are to turn
+    k[..., slow] += 30
+    q[..., slow] *= 0.02
+
+    def divergence(quantizer, layer, start):
+        queries, keys = (rotated(x[layer], start, rotary)[:, 0] for x in (q, k))
+        scales = quantizer.channel_scales[0, 0]
+        seen = quantizer.dequantized((keys * scales)[:, None], 4, 64)[:, 0] / scales
+        moved = queries @ (seen - keys).T
+        return np.var(moved, axis=1).mean()
+
+    at_start = [rotated(x[0], 0, rotary)[None] for x in (q, k)]
+    shared, alone = (AWQQuantizer.search(*at_start, rotary=way) for way in (rotary, None))
+    pairs = shared.channel_scales.reshape(32, 2).T if rotary == "adjacent" else shared.channel_scales.reshape(2, 32)
+    np.testing.assert_array_equal(*pairs)
+    far = round(np.pi / 2 / 0.3**20)  # a quarter turn later
+    assert divergence(shared, 1, far) < 0.5 * divergence(alone, 1, far)
+
+
+def test_sink_tokens_have_no_part_in_the_search():
+    q, k = samples(4)
+    q[..., 7] = 0  # so that no score moves
+    wild = k.copy()
+    wild[:, :4, :, 7] = 1000
+    found = [AWQQuantizer.search(q, keys, sink_tokens=4).channel_scales for keys in (k, wild)]
+    np.testing.assert_array_equal(*found)
+
+
 def test_folding_keeps_scores():
     q, k = samples(2)
     scales = np.exp2(np.random.default_rng(3).standard_normal((1, 2, 64))).astype(np.float32)
@@ -127,6 +171,18 @@ def test_a_quantizer_is_what_its_text_says(text):
 def test_samples_of_the_wrong_shape_are_named(q, k, message):
     with pytest.raises(ValueError, match=message):
         AWQQuantizer.search(np.ones(q, np.float32), np.ones(k, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rotary": "pairs"}, "rotary must be None, 'adjacent', 'halves', got 'pairs'"),
+        ({"sink_tokens": 36, "page_size": 64}, r"k must have more tokens than sinks and a page, 36 \+ 64; got 100"),
+    ],
+)
+def test_options_of_the_search_that_cannot_be_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        AWQQuantizer.search(*samples(0, 100), **options)
 
 
 def test_samples_that_are_not_finite_are_named():
