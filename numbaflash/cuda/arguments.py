@@ -12,7 +12,7 @@ from numba import float32, int32, int64
 
 from numbaflash.problem import AttentionProblem
 
-from .softmax import LOG2_E
+from .parameters import numpy_arguments, score_factors
 
 __all__ = ["PARAMETERS", "Arrays", "Strided", "arguments"]
 
@@ -28,9 +28,6 @@ PARAMETERS = {
     **dict.fromkeys(("scale", "cap"), float32),
 }
 """Name and type of the kernel's parameters, in order. A step is the rows that `RowCopy` copies at once."""
-
-
-_NUMPY: dict[Any, Any] = {int64: np.int64, int32: np.int32, float32: np.float32}
 
 
 class Strided(NamedTuple):
@@ -72,11 +69,7 @@ def arguments(problem: AttentionProblem, arrays: Arrays, k_rows: int, v_rows: in
         k_rows: Rows of K in a step.
         v_rows: Rows of V in a step.
     """
-    scoring_of = problem.scoring
-    if scoring_of.softcap:
-        factor, cap = 2 * LOG2_E * scoring_of.scale / scoring_of.softcap, scoring_of.softcap * LOG2_E
-    else:
-        factor, cap = scoring_of.scale * LOG2_E, 0.0
+    factor, cap = score_factors(problem.scoring)
     # A bound beyond all keys is none; it must not overflow where positions are added to it.
     unbounded = problem.q_tokens + problem.kv_tokens
     q, k, v, out, bias = arrays.q, arrays.k, arrays.v, arrays.out, arrays.bias
@@ -105,7 +98,7 @@ def arguments(problem: AttentionProblem, arrays: Arrays, k_rows: int, v_rows: in
         "scale": factor,
         "cap": cap,
     }
-    return [_NUMPY[kind](values[name]) for name, kind in PARAMETERS.items()]
+    return numpy_arguments(PARAMETERS, values)
 
 
 def _bounded(side: int | None, unbounded: int) -> int:

@@ -43,9 +43,12 @@ __all__ = [
     "lane_id",
     "ldmatrix_x4",
     "ldmatrix_x4_trans",
+    "load_global_2b32",
     "load_global_2f32",
+    "load_global_4b32",
     "load_global_b16",
     "load_global_b32",
+    "load_global_b64",
     "load_global_f32",
     "load_shared_b32",
     "log2",
@@ -60,14 +63,18 @@ __all__ = [
     "reciprocal",
     "shared_memory",
     "shuffle_xor",
+    "store_global_2b32",
     "store_global_2f32",
     "store_global_2f32_if",
+    "store_global_4b32",
     "store_global_b16",
     "store_global_b32",
     "store_global_f32",
     "store_global_f32_if",
     "store_shared_b32",
     "thread_x",
+    "unpack_bf16",
+    "unpack_f16",
     "vote_any",
 ]
 
@@ -311,6 +318,31 @@ def load_global_2f32(address: B64, offset: Immediate) -> tuple[F32, F32]:
     """Load two floats, 8-byte aligned."""
 
 
+@_instruction("ld.global.v4.b32 {$0, $1, $2, $3}, [$4+<offset>];", touches="memory")
+def load_global_4b32(address: B64, offset: Immediate) -> tuple[B32, B32, B32, B32]:
+    """Load 16 bytes, 16-byte aligned."""
+
+
+@_instruction("ld.global.v2.b32 {$0, $1}, [$2+<offset>];", touches="memory")
+def load_global_2b32(address: B64, offset: Immediate) -> tuple[B32, B32]:
+    """Load 8 bytes, 8-byte aligned."""
+
+
+@_instruction("st.global.v4.b32 [$0+<offset>], {$1, $2, $3, $4};", touches="memory")
+def store_global_4b32(address: B64, a: B32, b: B32, c: B32, d: B32, offset: Immediate) -> None:
+    """Store 16 bytes, 16-byte aligned."""
+
+
+@_instruction("st.global.v2.b32 [$0+<offset>], {$1, $2};", touches="memory")
+def store_global_2b32(address: B64, a: B32, b: B32, offset: Immediate) -> None:
+    """Store 8 bytes, 8-byte aligned."""
+
+
+@_instruction("ld.global.b64 $0, [$1];", touches="memory")
+def load_global_b64(address: B64) -> B64:
+    """Load 8 bytes, 8-byte aligned."""
+
+
 @_instruction("ld.global.f32 $0, [$1];", touches="memory")
 def load_global_f32(address: B64) -> F32:
     """Load a float, 4-byte aligned."""
@@ -383,6 +415,16 @@ def pack_f16(low: F32, high: F32) -> B32:
 @_instruction("cvt.rn.bf16x2.f32 $0, $2, $1;")
 def pack_bf16(low: F32, high: F32) -> B32:
     """Round two floats to bfloat16, the first into the low half."""
+
+
+@_instruction("{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }")
+def unpack_f16(pair: B32) -> tuple[F32, F32]:
+    """Widen two float16, the one in the low half first."""
+
+
+@_instruction("{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }")
+def unpack_bf16(pair: B32) -> tuple[F32, F32]:
+    """Widen two bfloat16, the one in the low half first."""
 
 
 @_instruction("cvt.f32.f16 $0, $1;")

@@ -1,0 +1,151 @@
+"""The end of a step in one launch: partial results of splits are merged, and the step's keys and values go into pages.
+
+Merging is exact up to rounding (FlashAttention-2, section 2.3.1): each split's O counts as much as its sum of weights,
+all brought to the largest of their row maxima. Splits are merged in order, so that the bits do not depend on which
+other sequences are in the launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from numba import cuda, float32, int32, int64
+from numba.cuda import types
+
+from . import ptx
+from .paged_keys import RECORD
+from .row_elements import RowShare, itemsize, load_elements, store_elements
+from .softmax import LOG2_E, NOTHING_SEEN
+
+__all__ = ["FINISH_PARAMETERS", "PIECE", "FinishStep"]
+
+PIECE = 8
+"""Elements that a thread merges or appends."""
+
+FINISH_PARAMETERS = {
+    # As the decode kernels' of the same names.
+    **dict.fromkeys(("k", "v", "out", "records", "partials", "partial_sums", "sinks"), int64),
+    **dict.fromkeys(("k_batch", "k_token", "k_head", "v_batch", "v_token", "v_head"), int64),
+    **dict.fromkeys(("out_batch", "out_token", "out_head"), int64),
+    # Pieces of output to look at and of keys and values to append: 0 where there are no splits, or no new tokens.
+    **dict.fromkeys(("merged", "appended"), int64),
+    **dict.fromkeys(("tokens", "q_heads", "kv_heads", "page_shift"), int32),
+}
+"""Name and type of the kernel's parameters, in order."""
+
+
+@dataclass(frozen=True)
+class FinishStep:
+    """The kernel, and how it is launched: a thread for each piece, those of the output first.
+
+    Nobody else reads or writes the pages meanwhile. `out` is written where the sequence was split.
+
+    Attributes:
+        head_dim: Elements of a row, padded to a multiple of 8.
+        dtype: Of the pages.
+        step_dtype: Of k, v and out.
+        has_sinks: Each head has a sink logit.
+    """
+
+    head_dim: int
+    dtype: str
+    step_dtype: str
+    has_sinks: bool = False
+
+    threads = 256
+    blocks = 4
+    shared_bytes = 0
+
+    @property
+    def signature(self) -> Any:
+        """Numba's signature of the kernel."""
+        return types.void(*FINISH_PARAMETERS.values())
+
+    def grid(self, pieces: int) -> int:
+        """Return the blocks of a launch."""
+        return -(-pieces // self.threads)
+
+    def kernel(self) -> Callable[..., None]:
+        """Return the kernel, for Numba to compile with `signature`."""
+        D, SINKS, THREADS, RECORD_BYTES = self.head_dim, self.has_sinks, self.threads, RECORD.itemsize
+        PIECES, LOG2 = self.head_dim // PIECE, float32(LOG2_E)
+        ROW_BYTES, STEP_BYTES = self.head_dim * itemsize(self.dtype), itemsize(self.step_dtype)
+        PAGE_BYTES = itemsize(self.dtype)
+        NOTHING = float32(NOTHING_SEEN)
+        piece_of_row = RowShare(PIECE, PIECE)
+        load_partial, load_step = (load_elements(piece_of_row, dtype) for dtype in ("float32", self.step_dtype))
+        store_out, store_page = (store_elements(piece_of_row, dtype) for dtype in (self.step_dtype, self.dtype))
+
+        @cuda.jit(device=True, inline="always")  # a call would make Numba ask for a GPU
+        def merge(first_partial, splits, at, column, partials, partial_sums, sink, total_rows, O, part):
+            """Weighs the splits of one row; `at` is the row's number among `total_rows`."""
+            top = sink
+            for split in range(splits):
+                row = int64(first_partial + split) * total_rows + at
+                top = ptx.maximum(top, ptx.load_global_f32(partial_sums + 8 * row))
+            total = ptx.exp2(sink - top)
+            for i in range(PIECE):
+                O[i] = float32(0)
+            for split in range(splits):
+                row = int64(first_partial + split) * total_rows + at
+                weight = ptx.exp2(ptx.load_global_f32(partial_sums + 8 * row) - top)
+                total += weight * ptx.load_global_f32(partial_sums + 8 * row + 4)
+                load_partial(partials + (row * D + column) * 4, part)
+                for i in range(PIECE):
+                    O[i] += weight * part[i]
+            scale = float32(1) / total if total > float32(0) or total != total else float32(0)
+            for i in range(PIECE):
+                O[i] *= scale
+
+        def finish_step(
+            k, v, out, records, partials, partial_sums, sinks, k_batch, k_token, k_head, v_batch, v_token, v_head,
+            out_batch, out_token, out_head, merged, appended, tokens, q_heads, kv_heads, page_shift,
+        ):  # fmt: skip
+            number = int64(ptx.block_x()) * THREADS + ptx.thread_x()
+            O, part = cuda.local.array(PIECE, float32), cuda.local.array(PIECE, float32)
+            if number < merged:
+                row = number // PIECES
+                column = (number - row * PIECES) * PIECE
+                rows_each = int64(tokens) * q_heads
+                sequence = row // rows_each
+                at = row - sequence * rows_each
+                record = records + RECORD_BYTES * sequence
+                splits = ptx.load_global_b32(record + 40)
+                if splits > 1:
+                    token = at // q_heads
+                    head = at - token * q_heads
+                    sink = ptx.load_global_f32(sinks + 4 * head) * LOG2 if SINKS else NOTHING
+                    merge(
+                        ptx.load_global_b32(record + 36), splits, at, column, partials, partial_sums, sink,
+                        rows_each, O, part,
+                    )  # fmt: skip
+                    place = out + sequence * out_batch + token * out_token + head * out_head
+                    store_out(place + column * STEP_BYTES, O)
+            elif number - merged < appended:
+                row = (number - merged) // PIECES
+                column = (number - merged - row * PIECES) * PIECE
+                half = row & 1  # 0: a key, 1: a value
+                row >>= 1
+                head = row % kv_heads
+                row //= kv_heads
+                token = row % tokens
+                sequence = row // tokens
+                record = records + RECORD_BYTES * sequence
+                sink_tokens, position = ptx.load_global_b32(record + 20), ptx.load_global_b32(record + 12) + token
+                if position < sink_tokens or position >= ptx.load_global_b32(record + 32):
+                    slot, behind = position >> page_shift, position
+                    if position >= sink_tokens:
+                        behind = position - sink_tokens
+                        ring_slots = ptx.load_global_b32(record + 28)
+                        slot = ptx.load_global_b32(record + 24) + (behind >> page_shift) % ring_slots
+                    source = k + sequence * k_batch + token * k_token + head * k_head
+                    if half:
+                        source = v + sequence * v_batch + token * v_token + head * v_head
+                    load_step(source + column * STEP_BYTES, O)
+                    page = ptx.load_global_b64(ptx.load_global_b64(record) + 8 * slot)
+                    row_in_page = ((half * kv_heads + head) << page_shift) + (behind & ((1 << page_shift) - 1))
+                    store_page(page + row_in_page * ROW_BYTES + column * PAGE_BYTES, O)
+
+        return finish_step

@@ -1,0 +1,270 @@
+"""A step of many sequences whose keys and values lie in pages on the device: two launches, however many they are.
+
+The first attends, reading the pages and the step's own tokens; the second merges what was split and writes the tokens
+into their pages. So nothing that a page holds changes before attention is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numbaflash.device_arrays import DeviceArray
+from numbaflash.problem import FLOAT32, Scoring
+
+from .finish_step import FINISH_PARAMETERS, PIECE, FinishStep
+from .paged_keys import ITEM, RECORD
+from .parameters import numpy_arguments, score_factors
+from .solve import Queue
+from .splits import split_keys
+from .vector_decode import DECODE_PARAMETERS, MAX_ROWS, DecodeVariant, VectorDecode
+
+__all__ = ["MAX_POSITION", "Layout", "PagedLayer", "PagedSequence", "padded", "step"]
+
+MAX_POSITION = 2**31 - 2**20
+"""Most tokens of a sequence: kernels reckon positions in 32 bits."""
+
+
+class Layout(Protocol):
+    """Which tokens of a sequence stay, and in which slots (`numbaflash.cache.layout.RingLayout`)."""
+
+    sink_tokens: int
+    page_size: int
+
+    @property
+    def window(self) -> int:
+        """Newest tokens that a query sees, its own included."""
+
+    @property
+    def ring_tokens(self) -> int:
+        """Newest tokens that are kept."""
+
+    @property
+    def sink_slots(self) -> int:
+        """Slots of the sink tokens, first in the page table."""
+
+    @property
+    def ring_slots(self) -> int:
+        """Slots of the tokens that go round."""
+
+
+@dataclass(frozen=True)
+class PagedLayer:
+    """What all sequences of a launch have in common.
+
+    A page is (2, kv_heads, page_size, `padded(head_dim)`), keys then values, at a multiple of 16 bytes; padding is 0.
+
+    Attributes:
+        kv_heads: Heads of keys and values.
+        head_dim: Elements of a key and of a value.
+        page_size: Tokens of a page, a power of two.
+        dtype: Of what pages hold.
+    """
+
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: np.dtype[Any]
+
+
+class PagedSequence(NamedTuple):
+    """One sequence of a launch.
+
+    Attributes:
+        table: Device address of its page table: (slots,) int64 addresses.
+        layout: Its ring.
+        length: Tokens in its pages; position of the step's first token.
+        start: Position of the first query.
+    """
+
+    table: int
+    layout: Layout
+    length: int
+    start: int
+
+
+def padded(head_dim: int) -> int:
+    """Return the elements of a row in a page: whole 16 bytes in every dtype."""
+    return -(-head_dim // PIECE) * PIECE
+
+
+def step(
+    queue: Queue,
+    layer: PagedLayer,
+    sequences: Sequence[PagedSequence],
+    q: DeviceArray | NDArray[Any] | None,
+    k: DeviceArray | NDArray[Any] | None,
+    v: DeviceArray | NDArray[Any] | None,
+    scoring: Scoring | None,
+    out: DeviceArray | None,
+) -> None:
+    """Queue a step: attend with q to the pages and to k and v, then append those to the pages.
+
+    Args:
+        queue: Where.
+        layer: What the sequences have in common.
+        sequences: N of them; the pages that new tokens go to are in their tables.
+        q: (N, T, Hq, D); None to append only.
+        k: (N, T, Hkv, D), q's dtype; None to attend only.
+        v: (N, T, Hkv, D), likewise.
+        scoring: Of q; without a bias.
+        out: (N, T, Hq, D) of q's dtype, contiguous, is written.
+
+    Raises:
+        ValueError: A sequence would get longer than `MAX_POSITION`; nothing is queued.
+    """
+    given = q if q is not None else k
+    assert given is not None
+    tokens = given.shape[1]
+    longest = max(max(sequence.start, sequence.length) for sequence in sequences) + tokens
+    if longest > MAX_POSITION:
+        raise ValueError(f"a sequence must have at most {MAX_POSITION} tokens on a device, got {longest}")
+    if not given.shape[0] or not tokens:
+        return
+    call = _Call(queue, layer, sequences, tokens, given.dtype)
+    tail = None if k is None or v is None else (_readable(queue, k), _readable(queue, v))
+    if q is not None:
+        assert scoring is not None
+        assert out is not None
+        call.attend(_readable(queue, q), tail, scoring, out)
+    elif tail is not None:
+        call.finish(tail, None, None)
+
+
+def _readable(queue: Queue, array: DeviceArray | NDArray[Any]) -> DeviceArray:
+    return queue.readable(queue.place(array))
+
+
+class _Call:
+    """One step on its way: its records on the device, and the launches that read them."""
+
+    def __init__(
+        self, queue: Queue, layer: PagedLayer, sequences: Sequence[PagedSequence], tokens: int, dtype: np.dtype[Any]
+    ) -> None:
+        self.queue, self.layer, self.sequences, self.tokens, self.dtype = queue, layer, sequences, tokens, dtype
+        self.width = padded(layer.head_dim)
+        self.records = np.zeros(len(sequences), RECORD)
+        for record, sequence in zip(self.records, sequences, strict=True):
+            layout = sequence.layout
+            record["table"], record["start"], record["length"] = sequence.table, sequence.start, sequence.length
+            record["window"], record["sink_tokens"] = min(layout.window, MAX_POSITION), layout.sink_tokens
+            record["sink_slots"], record["ring_slots"] = layout.sink_slots, layout.ring_slots
+            record["kept_from"] = max(layout.sink_tokens, sequence.length + tokens - layout.ring_tokens)
+            record["splits"] = 1
+        self.common = {
+            "kv_heads": layer.kv_heads,
+            "page_shift": layer.page_size.bit_length() - 1,
+            "tokens": tokens,
+        }
+
+    def attend(
+        self, q: DeviceArray, tail: tuple[DeviceArray, DeviceArray] | None, scoring: Scoring, out: DeviceArray
+    ) -> None:
+        """Queue both launches."""
+        queue, layer, width = self.queue, self.layer, self.width
+        q_heads = q.shape[2]
+        rows = self.tokens * (q_heads // layer.kv_heads)
+        kernel = VectorDecode(
+            DecodeVariant(
+                width,
+                layer.dtype.name,
+                self.dtype.name,
+                masked=self.tokens > 1,
+                softcap=scoring.softcap > 0,
+                alibi=scoring.alibi_slopes is not None,
+                sinks=scoring.sink_logits is not None,
+            ),
+            min(MAX_ROWS, 1 << (rows - 1).bit_length()),
+        )
+        row_blocks = -(-rows // kernel.rows)
+        items = self._split(rows, layer.kv_heads * row_blocks)
+        partials = int(self.records["splits"][self.records["splits"] > 1].sum())
+        places = self._upload(items)
+        target = out if width == layer.head_dim else queue.empty((*out.shape[:3], width), out.dtype)
+        sums = queue.empty((max(partials, 1), self.tokens, q_heads, 2), FLOAT32) if partials else None
+        parts = queue.empty((partials, self.tokens, q_heads, width), FLOAT32) if partials else None
+        slopes, sinks = (
+            None if array is None else queue.place(array) for array in (scoring.alibi_slopes, scoring.sink_logits)
+        )
+        factor, cap = score_factors(scoring)
+        values = {
+            **self.common,
+            **_places(q=q, out=target, k=tail and tail[0], v=tail and tail[1]),
+            "records": places.address,
+            "items": places.address + self.records.nbytes,
+            "partials": 0 if parts is None else parts.address,
+            "partial_sums": 0 if sums is None else sums.address,
+            "slopes": 0 if slopes is None else slopes.address,
+            "sinks": 0 if sinks is None else sinks.address,
+            "q_heads": q_heads,
+            "group": q_heads // layer.kv_heads,
+            "factor": factor,
+            "cap": cap,
+        }
+        grid = (len(items), layer.kv_heads, row_blocks)
+        queue.launch(kernel, grid, numpy_arguments(DECODE_PARAMETERS, values))
+        if partials or tail is not None:
+            self.finish(tail, (target, partials > 0, scoring), values)
+        if target is not out:
+            queue.copy_rows(target, out)
+
+    def finish(
+        self,
+        tail: tuple[DeviceArray, DeviceArray] | None,
+        attended: tuple[DeviceArray, bool, Scoring] | None,
+        values: dict[str, Any] | None,
+    ) -> None:
+        """Queue the merge of partial results and the append of the step's tokens."""
+        pieces = self.width // PIECE
+        merged = appended = 0
+        sinks = False
+        if values is None:
+            values = {**self.common, "records": self._upload(np.empty(0, ITEM)).address, "q_heads": 0}
+            values |= dict.fromkeys(("partials", "partial_sums", "sinks"), 0) | _places(out=None)
+        if attended is not None:
+            out, split, scoring = attended
+            sinks = scoring.sink_logits is not None
+            merged = int(np.prod(out.shape[:3])) * pieces if split else 0
+        if tail is not None:
+            appended = 2 * int(np.prod(tail[0].shape[:3])) * pieces
+        values |= _places(k=tail and tail[0], v=tail and tail[1]) | {"merged": merged, "appended": appended}
+        kernel = FinishStep(self.width, self.layer.dtype.name, self.dtype.name, sinks and merged > 0)
+        self.queue.launch(kernel, kernel.grid(merged + appended), numpy_arguments(FINISH_PARAMETERS, values))
+
+    def _split(self, rows: int, blocks: int) -> NDArray[Any]:
+        """Part the keys of each sequence, note it in the records, and return the work list."""
+        items: list[tuple[int, int, int, int]] = []
+        partials = 0
+        for index, (record, sequence) in enumerate(zip(self.records, self.sequences, strict=True)):
+            # The keys of the oldest row are the first ones, of the newest the last.
+            layout = sequence.layout
+            oldest = max(layout.sink_tokens, sequence.start - layout.window + 1)
+            end = sequence.start + self.tokens
+            keys = min(layout.sink_tokens, end) + max(0, end - oldest)
+            size = split_keys(keys, rows, self.width, self.layer.dtype.itemsize, blocks, self.queue.device)
+            splits = -(-keys // size)
+            record["first_partial"], record["splits"] = partials, splits
+            items += [
+                (index, i * size, min(keys, (i + 1) * size), partials + i if splits > 1 else -1) for i in range(splits)
+            ]
+            partials += splits if splits > 1 else 0
+        return np.array(items, ITEM)
+
+    def _upload(self, items: NDArray[Any]) -> DeviceArray:
+        """Copy records and work list to the device, one behind the other."""
+        raw = np.concatenate([self.records.view(np.uint8), items.view(np.uint8)])
+        return self.queue.place(raw)
+
+
+def _places(**arrays: DeviceArray | None) -> dict[str, int]:
+    """Addresses and strides of (N, T, H, D) arrays, as the kernels' parameters are named."""
+    values: dict[str, int] = {}
+    for name, array in arrays.items():
+        values[name] = 0 if array is None else array.address
+        strides = (0, 0, 0) if array is None else array.strides[:3]
+        values |= dict(zip((f"{name}_batch", f"{name}_token", f"{name}_head"), strides, strict=True))
+    return values

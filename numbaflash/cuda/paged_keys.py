@@ -1,0 +1,106 @@
+"""Where a kernel finds the keys and values that a block of query rows sees: in pages, through a table, and in the step.
+
+A launch serves sequences of any lengths. Each has a record, and each share of its keys that a block computes is an item
+of a work list; both lie in device memory as the structures below say. A step's own tokens are not in the pages yet:
+they are read from the caller's arrays.
+
+The keys that a row block sees are numbered without gaps: the sink tokens first, then the window of its oldest row, up
+to the position of its newest.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import cuda, int32, int64
+
+from . import ptx
+
+__all__ = ["ITEM", "RECORD", "Listing", "Rows", "key_address", "list_keys"]
+
+RECORD = np.dtype(
+    [
+        ("table", np.int64),  # address of the page table: addresses of pages, the sink tokens' first, then the ring's
+        ("start", np.int32),  # position of the first query
+        ("length", np.int32),  # tokens in the pages
+        ("window", np.int32),  # newest tokens that a query sees, its own included
+        ("sink_tokens", np.int32),
+        ("sink_slots", np.int32),
+        ("ring_slots", np.int32),
+        ("kept_from", np.int32),  # oldest token of the step, sink tokens apart, that goes into pages
+        ("first_partial", np.int32),  # of the sequence's splits
+        ("splits", np.int32),
+        ("unused", np.int32),
+    ]
+)
+"""A sequence of a launch."""
+
+ITEM = np.dtype([("sequence", np.int32), ("first", np.int32), ("end", np.int32), ("partial", np.int32)])
+"""Keys `first` to `end` of a sequence, by number; `partial` is where the result goes, -1 where it is the whole one."""
+
+
+class Rows(NamedTuple):
+    """Query rows of a block: all of one KV head, those of a token side by side."""
+
+    first_token: Any
+    last_token: Any
+
+
+class Listing(NamedTuple):
+    """The numbered keys of a row block, on the device; positions are int32."""
+
+    table: Any
+    start: Any
+    length: Any
+    window: Any
+    sink_tokens: Any
+    sink_slots: Any
+    ring_slots: Any
+    sinks: Any  # how many sink tokens are listed
+    first: Any  # position of the first key behind them
+    first_page: Any  # of the ring, that this key is in
+    first_slot: Any  # of that page
+    count: Any
+
+
+def list_keys() -> Any:
+    """Return a device function (address of a `RECORD`, `Rows`) -> `Listing`."""
+
+    @cuda.jit(device=True, inline="always")  # a call would make Numba ask for a GPU
+    def listing(record, rows, page_shift):
+        start, length = ptx.load_global_b32(record + 8), ptx.load_global_b32(record + 12)
+        window, sink_tokens = ptx.load_global_b32(record + 16), ptx.load_global_b32(record + 20)
+        sink_slots, ring_slots = ptx.load_global_b32(record + 24), ptx.load_global_b32(record + 28)
+        end = int32(start + rows.last_token + 1)
+        sinks = min(sink_tokens, end)
+        first = max(sink_tokens, int32(start + rows.first_token - window + 1))
+        first_page = int32((first - sink_tokens) >> page_shift)
+        return Listing(
+            ptx.load_global_b64(record), start, length, window, sink_tokens, sink_slots, ring_slots,
+            sinks, first, first_page, first_page % ring_slots, int32(sinks + max(end - first, int32(0))),
+        )  # fmt: skip
+
+    return listing
+
+
+def key_address(row_bytes: int) -> Any:
+    """Return a device function (listing, position, kv_head, page_shift) -> address of a key that lies in a page.
+
+    Args:
+        row_bytes: Of a key, and of a value.
+    """
+
+    @cuda.jit(device=True, inline="always")
+    def address(listing, position, kv_head, page_shift):
+        token = position if position < listing.sink_tokens else position - listing.sink_tokens
+        slot = token >> page_shift
+        if position >= listing.sink_tokens:
+            slot += listing.first_slot - listing.first_page
+            if slot >= listing.ring_slots:
+                slot -= listing.ring_slots
+            slot += listing.sink_slots
+        page = ptx.load_global_b64(listing.table + 8 * int64(slot))
+        return page + ((kv_head << page_shift) + (token & ((1 << page_shift) - 1))) * int64(row_bytes)
+
+    return address

@@ -1,0 +1,49 @@
+"""Into how many shares the keys of a sequence are cut, so that its blocks fill the device ("split-KV").
+
+The number depends on the sequence alone, never on what else is in the launch: so a result has the same bits in every
+batch.
+"""
+
+from __future__ import annotations
+
+from .device import Device
+
+__all__ = ["BLOCKS_PER_MULTIPROCESSOR", "KEY_TILE", "split_keys"]
+
+KEY_TILE = 64
+"""Shares begin at multiples of it: the keys that a block reads at a time."""
+BLOCKS_PER_MULTIPROCESSOR = 2
+"""What the wave is reckoned with: FlashAttention-2's heuristic (`num_splits_heuristic`) counts two as well."""
+ENOUGH = 0.85
+"""Share of the best efficiency that the fewest splits must reach, as there."""
+MOST_PARTIAL_BYTES = 0.02
+"""Partial results written and read, beside the bytes of the keys and values that they come from."""
+
+
+def split_keys(keys: int, rows: int, head_dim: int, itemsize: int, blocks: int, device: Device) -> int:
+    """Return the keys of a share, a multiple of `KEY_TILE`: as few shares as fill the device well.
+
+    Args:
+        keys: That the sequence sees.
+        rows: Query rows of a KV head.
+        head_dim: Elements of a row in the pages.
+        itemsize: Bytes of one.
+        blocks: Blocks of the sequence for each share.
+        device: What is to be filled.
+    """
+    tiles = -(-keys // KEY_TILE)
+    least = 2 * rows * 4 * (head_dim + 2) / (MOST_PARTIAL_BYTES * 2 * head_dim * itemsize)
+    # A share is a whole number of tiles, so not every number of shares exists.
+    most = max(1, tiles // max(1, -(-int(least) // KEY_TILE)))
+    slots = device.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
+    if blocks >= slots * ENOUGH:
+        return tiles * KEY_TILE
+    sizes = sorted({-(-tiles // splits) for splits in range(1, min(most, slots) + 1)}, reverse=True)
+    efficiency = {size: _wave_efficiency(blocks * -(-tiles // size), slots) for size in sizes}
+    best = max(efficiency.values())
+    return next(size for size in sizes if efficiency[size] >= ENOUGH * best) * KEY_TILE
+
+
+def _wave_efficiency(blocks: int, slots: int) -> float:
+    """Blocks in flight on average, beside what fits."""
+    return blocks / (-(-blocks // slots) * slots)

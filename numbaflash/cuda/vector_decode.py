@@ -1,0 +1,270 @@
+"""Split-KV decode on CUDA cores ("Flash-Decoding", Dao et al., 2023): every sum in float32, any mix of dtypes.
+
+A block computes up to 8 query rows of one KV head over one share of the keys. Lanes stand along a key's elements, as
+many keys side by side as a warp has room for; each group of lanes runs an online softmax of its own over every
+n-th key, and all of them are merged at the end:
+
+    s = q.k;  m = max(m, s), O and l rescaled;  l += exp(s - m);  O += exp(s - m) v
+
+One row reads every key once and does 4 operations for each element that it reads, so that memory is the bound; tensor
+cores would compute 15 rows of zeros beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from numba import cuda, float32, int32, int64
+from numba.cuda import types
+
+from . import ptx
+from .lane_groups import merge_lane_groups, sum_lanes
+from .paged_keys import ITEM, RECORD, Rows, key_address, list_keys
+from .row_elements import RowShare, itemsize, load_elements, round_elements, store_elements
+from .softmax import LOG2_E, NOTHING_SEEN
+
+__all__ = ["DecodeVariant", "VectorDecode"]
+
+_WARPS = 4
+MAX_ROWS = 8
+"""Rows of a block: at a head dim of 256, q and O of 8 take 128 registers."""
+
+
+@dataclass(frozen=True)
+class DecodeVariant:
+    """What a decode kernel is specialised for.
+
+    Attributes:
+        head_dim: Elements of a query, a key and a value, padded to a multiple of 8.
+        dtype: Of the pages.
+        step_dtype: Of the queries, of the step's own keys and values, and of the output.
+        masked: There are several tokens, so that not every row sees every key.
+        softcap: s -> softcap * tanh(s / softcap).
+        alibi: s -> s - slope * |query position - key position|.
+        sinks: Each head has a sink logit.
+    """
+
+    head_dim: int
+    dtype: str
+    step_dtype: str
+    masked: bool = False
+    softcap: bool = False
+    alibi: bool = False
+    sinks: bool = False
+
+
+DECODE_PARAMETERS = {
+    # Addresses. q and out are (sequence, token, head, dim), k and v likewise with KV heads; strides in bytes.
+    **dict.fromkeys(("q", "k", "v", "out", "records", "items", "partials", "partial_sums", "slopes", "sinks"), int64),
+    **dict.fromkeys(("q_batch", "q_token", "q_head", "k_batch", "k_token", "k_head"), int64),
+    **dict.fromkeys(("v_batch", "v_token", "v_head", "out_batch", "out_token", "out_head"), int64),
+    **dict.fromkeys(("tokens", "q_heads", "kv_heads", "group", "page_shift"), int32),
+    # As `scoring.score_pairs` takes them.
+    **dict.fromkeys(("factor", "cap"), float32),
+}
+"""Name and type of a decode kernel's parameters, in order. `partials` is (partial, token, head, dim) float32 and
+`partial_sums` (partial, token, head, 2): the row maximum in log2 units and the sum of weights."""
+
+
+@dataclass(frozen=True)
+class VectorDecode:
+    """The kernel, and how it is launched: grid (items, kv heads, row blocks).
+
+    Rows of q, out and the step's k and v are aligned to 16 bytes and padded to a multiple of 8 elements, as pages are.
+    Nothing that it reads is written by the launch. Every item has at least one key for some row of its sequence.
+
+    Attributes:
+        variant: What it is specialised for.
+        rows: Query rows of a block, 1 to `MAX_ROWS`.
+    """
+
+    variant: DecodeVariant
+    rows: int
+
+    threads = 32 * _WARPS
+    shared_bytes = 0
+
+    @property
+    def blocks(self) -> int:
+        """Blocks per multiprocessor that registers must suffice for."""
+        return 4 if self.rows * self.share.elements <= 32 else 2
+
+    @property
+    def share(self) -> RowShare:
+        """How lanes share a row."""
+        return RowShare.of(self.variant.head_dim, self.variant.dtype)
+
+    @property
+    def signature(self) -> Any:
+        """Numba's signature of the kernel."""
+        return types.void(*DECODE_PARAMETERS.values())
+
+    def kernel(self) -> Callable[..., None]:
+        """Return the kernel, for Numba to compile with `signature`."""
+        variant, share, R = self.variant, self.share, self.rows
+        MASKED, SOFTCAP, ALIBI, SINKS = variant.masked, variant.softcap, variant.alibi, variant.sinks
+        D, CHUNK, LANES, E, EVEN, CHUNKS = (
+            variant.head_dim, share.chunk, share.lanes, share.elements, share.even, share.chunks
+        )  # fmt: skip
+        MIXED = variant.dtype != variant.step_dtype
+        ROW_BYTES, CHUNK_BYTES = D * itemsize(variant.dtype), CHUNK * itemsize(variant.dtype)
+        STEP_CHUNK_BYTES = CHUNK * itemsize(variant.step_dtype)
+        KEYS = 32 * _WARPS // LANES
+        OUT, SHARED, SUMS = R * E, _WARPS * R * D, _WARPS * R
+        LOG2, NOTHING = float32(LOG2_E), float32(NOTHING_SEEN)
+        load, load_step, round_step, list_block, address_of = (
+            load_elements(share, variant.dtype), load_elements(share, variant.step_dtype),
+            round_elements(share, variant.dtype), list_keys(), key_address(ROW_BYTES),
+        )  # fmt: skip
+        sum_group, merge_groups = sum_lanes(LANES), merge_lane_groups(LANES, R, E)
+        OUT_SHARE = RowShare(8, 8)
+        store_out, store_partial = store_elements(OUT_SHARE, variant.step_dtype), store_elements(OUT_SHARE, "float32")
+        STEP_BYTES, RECORD_BYTES, ITEM_BYTES, THREADS = (
+            itemsize(variant.step_dtype), RECORD.itemsize, ITEM.itemsize, self.threads
+        )  # fmt: skip
+        PIECES = R * D // 8
+
+        def vector_decode(
+            q, k, v, out, records, items, partials, partial_sums, slopes, sinks,
+            q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, out_batch, out_token,
+            out_head, tokens, q_heads, kv_heads, group, page_shift, factor, cap,
+        ):  # fmt: skip
+            thread = ptx.thread_x()
+            warp, own = thread >> 5, thread & (LANES - 1)
+            item, kv_head = items + ITEM_BYTES * int64(ptx.block_x()), ptx.block_y()
+            first_row, all_rows = ptx.block_z() * R, tokens * group
+            last_row = min(first_row + R, all_rows) - 1
+            sequence = int64(ptx.load_global_b32(item))
+            rows = Rows(int32(first_row // group), int32(last_row // group))
+            keys = list_block(records + RECORD_BYTES * sequence, rows, page_shift)
+            end = min(ptx.load_global_b32(item + 8), keys.count)
+            exists = EVEN or own < CHUNKS
+
+            K, V = cuda.local.array(E, float32), cuda.local.array(E, float32)
+            Q, O = cuda.local.array(OUT, float32), cuda.local.array(OUT, float32)
+            m, l = cuda.local.array(R, float32), cuda.local.array(R, float32)
+            for i in range(E):
+                K[i] = V[i] = float32(0)
+            for r in range(R):
+                row = min(first_row + r, last_row)
+                token = row // group
+                if exists:
+                    load_step(
+                        q + sequence * q_batch + token * q_token + (kv_head * group + row - token * group) * q_head
+                        + own * STEP_CHUNK_BYTES, K
+                    )  # fmt: skip
+                for i in range(E):
+                    Q[r * E + i] = K[i]
+                    O[r * E + i] = float32(0)
+                m[r], l[r] = NOTHING, float32(0)
+
+            number = ptx.load_global_b32(item + 4) + thread // LANES
+            while number - thread // LANES < end:
+                there = number < end
+                position = number if number < keys.sinks else number - keys.sinks + keys.first
+                if there and exists:
+                    if position >= keys.length:
+                        token = int64(position - keys.length)
+                        key = k + sequence * k_batch + token * k_token + kv_head * k_head + own * STEP_CHUNK_BYTES
+                        value = v + sequence * v_batch + token * v_token + kv_head * v_head + own * STEP_CHUNK_BYTES
+                        load_step(key, K)
+                        load_step(value, V)
+                        if MIXED:
+                            round_step(K)
+                            round_step(V)
+                    else:
+                        key = address_of(keys, position, kv_head, page_shift) + own * CHUNK_BYTES
+                        load(key, K)
+                        load(key + (int64(kv_heads) << page_shift) * ROW_BYTES, V)
+                elif not there:
+                    for i in range(E):
+                        V[i] = float32(0)
+                behind = position - keys.start
+                for r in range(R):
+                    dot = float32(0)
+                    for i in range(E):
+                        dot += Q[r * E + i] * K[i]
+                    dot = sum_group(dot)
+                    row = min(first_row + r, last_row)
+                    token = row // group
+                    if SOFTCAP:
+                        power = ptx.exp2(dot * factor)
+                        score = cap - float32(2) * cap * ptx.reciprocal(power + float32(1))
+                    else:
+                        score = dot * factor
+                    if ALIBI:
+                        head = kv_head * group + row - token * group
+                        slope = ptx.load_global_f32(slopes + 4 * (sequence * q_heads + head)) * LOG2
+                        score -= slope * float32(token - behind)
+                    seen = there
+                    if MASKED:
+                        seen = (
+                            there and behind <= token and (behind > token - keys.window or position < keys.sink_tokens)
+                        )
+                    if seen:
+                        top = ptx.maximum(m[r], score)
+                        faded, weight = ptx.exp2(m[r] - top), ptx.exp2(score - top)
+                        m[r], l[r] = top, l[r] * faded + weight
+                        for i in range(E):
+                            O[r * E + i] = O[r * E + i] * faded + weight * V[i]
+                number += KEYS
+
+            # The groups of a warp, by shuffles; then the warps, through shared memory.
+            merge_groups(m, l, O)
+            O_shared = cuda.shared.array(SHARED, float32)
+            m_shared, l_shared = cuda.shared.array(SUMS, float32), cuda.shared.array(SUMS, float32)
+            if (thread & 31) < LANES:
+                for r in range(R):
+                    if exists:
+                        for i in range(E):
+                            column = i // CHUNK * (LANES * CHUNK) + own * CHUNK + i % CHUNK
+                            if column < D:
+                                O_shared[(warp * R + r) * D + column] = O[r * E + i]
+                    if own == 0:
+                        m_shared[warp * R + r], l_shared[warp * R + r] = m[r], l[r]
+            cuda.syncthreads()
+            piece = thread
+            partial = int64(ptx.load_global_b32(item + 12))
+            P = cuda.local.array(8, float32)
+            while piece < PIECES:
+                r = piece // (D // 8)
+                column = (piece - r * (D // 8)) * 8
+                row = first_row + r
+                if row <= last_row:
+                    token = row // group
+                    head = kv_head * group + row - token * group
+                    top = m_shared[r]
+                    for w in range(1, _WARPS):
+                        top = ptx.maximum(top, m_shared[w * R + r])
+                    total = float32(0)
+                    for i in range(8):
+                        P[i] = float32(0)
+                    for w in range(_WARPS):
+                        faded = ptx.exp2(m_shared[w * R + r] - top)
+                        total += l_shared[w * R + r] * faded
+                        for i in range(8):
+                            P[i] += O_shared[(w * R + r) * D + column + i] * faded
+                    if partial >= 0:
+                        at = (partial * tokens + token) * q_heads + head
+                        store_partial(partials + (at * D + column) * 4, P)
+                        if column == 0:
+                            ptx.store_global_f32(partial_sums + 8 * at, top)
+                            ptx.store_global_f32(partial_sums + 8 * at + 4, total)
+                    else:
+                        scale = float32(1)
+                        if SINKS:
+                            sink = ptx.load_global_f32(sinks + 4 * int64(head)) * LOG2
+                            highest = ptx.maximum(top, sink)
+                            scale = ptx.exp2(top - highest)
+                            total = total * scale + ptx.exp2(sink - highest)
+                        scale = scale / total if total > float32(0) or total != total else float32(0)
+                        for i in range(8):
+                            P[i] *= scale
+                        store_out(
+                            out + sequence * out_batch + token * out_token + head * out_head + column * STEP_BYTES, P
+                        )
+                piece += THREADS
+
+        return vector_decode
