@@ -85,7 +85,8 @@ def rows() -> Iterator[Rows]:
     def init(self: emit.Emit, *args: Any) -> None:
         types.pop(id(self), None)
         init_of(self, *args)
-        account.note(self, (), (), "opcode")
+        if self.op in emit.HANDLERS:
+            account.note(self, (), (), "opcode")
 
     flag_of, one_of_of, type_of, init_of = original.flag, original.one_of, original.type, original.__init__
     with pytest.MonkeyPatch.context() as patch:
