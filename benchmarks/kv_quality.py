@@ -94,12 +94,19 @@ def continue_greedily(model: Llama, prompt: list[int]) -> list[int]:
     return ids
 
 
-def sample_awq(model: Llama, ids: list[int], dtype: str) -> AWQQuantizer:
-    """The quantizer from the queries and keys of a text."""
+def record(model: Llama, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Queries and keys of a text, (layers, tokens, heads, head_dim)."""
     recorder = Recorder(cache_for(model, len(ids), "float16", None))
     model.hidden(ids, 0, recorder)
-    samples = np.stack(recorder.queries), np.stack(recorder.keys)
-    return AWQQuantizer.search(*samples, rotary="adjacent", sink_tokens=SINK_TOKENS, dtype=dtype)
+    return np.stack(recorder.queries), np.stack(recorder.keys)
+
+
+def share_of_means(keys: np.ndarray, page_size: int = 64) -> float:
+    """The share of the keys' energy that is their channels' means over a page."""
+    behind_sinks = keys[:, SINK_TOKENS:]
+    whole = behind_sinks[:, : behind_sinks.shape[1] // page_size * page_size]
+    pages = whole.reshape(len(keys), -1, page_size, *keys.shape[2:])
+    return float(np.square(pages.mean(axis=2)).sum() * page_size / np.square(pages).sum())
 
 
 def measure() -> list[Row]:
@@ -108,11 +115,14 @@ def measure() -> list[Row]:
     tokenizer, model = Tokenizer(checkpoint.fields), Llama(checkpoint)
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
     ids, sample = tokenizer.encode(text[:40_000])[:TOKENS], tokenizer.encode(text[-10_000:])[:SAMPLE_TOKENS]
+    samples = record(model, sample)
+    print(f"{share_of_means(samples[1]):.0%} of the keys' energy is their channels' means over a page", flush=True)
+    awq_options = {"rotary": "adjacent", "sink_tokens": SINK_TOKENS}
     prompts = [tokenizer.encode(tokenizer.chat(prompt)) for prompt in PROMPTS]
     continued = [continue_greedily(model, prompt) for prompt in prompts]
     rows: list[Row] = []
     for dtype, name in [("float16", ""), *((dtype, name) for dtype in ("int8", "int4") for name in QUANTIZERS)]:
-        quantizer = sample_awq(model, sample, dtype) if name == "awq" else name or None
+        quantizer = AWQQuantizer.search(*samples, dtype=dtype, **awq_options) if name == "awq" else name or None
         cache = cache_for(model, TOKENS, dtype, quantizer)
         config = model.config
         one = layer_nbytes(config.num_kv_heads, config.head_dim, cache.layout, dtype, cache.quantizer)
