@@ -21,14 +21,11 @@ from .doctor import examine_machine
 
 
 def run(*, json: bool = False, quick: bool = False) -> None:
-    """Measure, print the figures, and keep them at `last_result`.
+    """Measure, print the figures, and keep them at `last_result`; that they cannot be kept is no failure.
 
     Args:
         json: Print one JSON object.
         quick: Smaller problems: seconds instead of minutes.
-
-    Raises:
-        OSError: They cannot be kept; they have been printed.
     """
     rows = chain(prefill_rows(quick), decode_rows(quick))
     machine, today = examine_machine(), date.today().isoformat()
@@ -41,8 +38,13 @@ def run(*, json: bool = False, quick: bool = False) -> None:
     else:
         console.print(f"{machine.cpu}, {machine.threads} threads; numbaflash {version('numbaflash')}; {today}")
         console.print(_table(measured))
-    last_result().parent.mkdir(parents=True, exist_ok=True)
-    last_result().write_text(dumps(result))
+    try:
+        last_result().parent.mkdir(parents=True, exist_ok=True)
+        last_result().write_text(dumps(result))
+    except OSError as error:
+        Console(stderr=True).print(
+            f"The figures are not kept for 'numbaflash roofline --plot': {error}", soft_wrap=True
+        )
 
 
 def last_result() -> Path:

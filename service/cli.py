@@ -169,10 +169,7 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure attention on this machine, beside its peers."""
-    try:
-        _load("bench").run(json=json, quick=quick)
-    except OSError as error:
-        _fail(str(error))
+    _load("bench").run(json=json, quick=quick)
 
 
 @app.command()

@@ -33,9 +33,11 @@ def run(
         bench: What `numbaflash bench --json` has printed; None: the last benchmark of this machine, if there is one.
 
     Raises:
-        ValueError: There is no such hardware, or a file is not what it should be.
+        ValueError: There is no such hardware, a file is not what it should be, or points have no drawing to be in.
         OSError: A file cannot be read or written.
     """
+    if bench is not None and plot is None:
+        raise ValueError("bench must come with plot, the file to draw its points in")
     known = (measure_this_machine(), *GPUS) if measure else GPUS
     chosen = [find_hardware(name, known) for name in hardware]
     work = workloads(shape)

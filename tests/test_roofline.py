@@ -144,6 +144,7 @@ def test_json_has_all_hardware_and_workloads() -> None:
         (["--head-dim", "80"], "head_dim must be a multiple of 32, at most 256; got 80"),
         (["--q-heads", "0"], "q_heads must be at least 1, got 0"),
         (["--kv-heads", "5"], "q_heads must be a multiple of kv_heads (5), got 32"),
+        (["--bench", "bench.json"], "bench must come with plot"),
         (["--plot", "roof.pdf"], "plot must be a file ending in .svg or .png, got 'roof.pdf'"),
         (["--plot", "roof.svg", "--bench", __file__], "bench must be what `numbaflash bench --json` prints"),
     ],
@@ -212,3 +213,16 @@ def test_the_last_benchmark_is_kept_for_the_drawing(monkeypatch: pytest.MonkeyPa
     measured = read_benchmark(None)
     assert measured is not None
     assert measured.points == [("decode GQA 32/8", "float16", 4.0, 4e10)]
+
+
+def test_a_benchmark_that_cannot_be_kept_is_printed_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NUMBAFLASH_CACHE_DIR", str(tmp_path / "file"))
+    monkeypatch.setattr(bench, "prefill_rows", lambda _: iter(()))
+    monkeypatch.setattr(bench, "decode_rows", lambda _: iter(()))
+    printed = CliRunner().invoke(app, ["bench", "--json"])
+    assert printed.exit_code == 0
+    assert json.loads(printed.stdout)["rows"] == []
+    assert "The figures are not kept" in printed.stderr
