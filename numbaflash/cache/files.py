@@ -58,6 +58,19 @@ class LayerState:
     intact: int
     raw_intact: int
 
+    def can_be(self, shape: RingShape) -> bool:
+        """Say whether a cache can have come to it: all that its next query sees is there, and within the rings."""
+        sinks, window = shape.sink_tokens, shape.capacity - shape.sink_tokens
+        raw_from, raw_tokens = max(sinks, self.length - window), window + shape.rollback
+        if shape.quantizer is not None:  # a query sees its own page in float16
+            inside = max(self.length - sinks, 0) % shape.page_size
+            raw_from, raw_tokens = max(sinks, self.length - inside), shape.page_size + shape.rollback
+        return (
+            self.length >= 0
+            and max(sinks, self.length - window - shape.rollback) <= self.intact <= max(sinks, self.length - window)
+            and max(sinks, self.length - raw_tokens) <= self.raw_intact <= raw_from
+        )
+
     def kept(self, sink_tokens: int) -> tuple[range, range]:
         """Return the positions that are in the file, not as codes: of the sink tokens, of those behind them."""
         return range(min(self.length, sink_tokens)), range(min(self.raw_intact, self.length), self.length)
@@ -189,9 +202,8 @@ class CacheFile:
         shape = self.shape
         if len(self.layers) != shape.num_layers:
             raise ValueError(f"{self._path} has {len(self.layers)} layers, and its shape {shape.num_layers}")
-        ring_tokens = shape.capacity - shape.sink_tokens + shape.rollback
         for index, layer in enumerate(self.layers):
-            if layer.length < 0 or layer.intact < max(shape.sink_tokens, layer.length - ring_tokens):
+            if not layer.can_be(shape):
                 raise ValueError(f"{self._path} has a layer {index} that cannot be: {layer}")
             tokens = sum(map(len, layer.kept(shape.sink_tokens)))
             for name in ("k", "v"):
@@ -199,6 +211,9 @@ class CacheFile:
                 expected = (tokens, shape.num_kv_heads, shape.head_dim), shape.raw_dtype, shape.page_size
                 if (tensor.shape, tensor.dtype.name, tensor.page_rows) != expected:
                     raise ValueError(f"{self._path} has a tensor layers.{index}.{name} that does not fit its shape")
+            coded = layer.coded(shape)
+            if coded and self._file.tensors[f"layers.{index}.pages"].shape[0] != len(coded):
+                raise ValueError(f"{self._path} has a tensor layers.{index}.pages that does not fit its shape")
 
     def close(self) -> None:
         """Close the file."""

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -169,6 +170,29 @@ def test_other_files_and_other_versions_are_refused(tmp_path):
     save_file({}, path, metadata={"format": "numbaflash.RingKVCache", "version": "1"})
     with pytest.raises(ValueError, match="has version '1', this release reads 2"):
         numbaflash.RingKVCache.load(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "forged"),
+    [
+        ({}, {"intact": 40, "raw_intact": 40}),
+        ({}, {"raw_intact": 40}),
+        ({}, {"raw_intact": 0}),
+        ({"dtype": "int4"}, {"intact": 40}),
+        ({"dtype": "int4"}, {"raw_intact": 40}),
+        ({"dtype": "int4"}, {"raw_intact": 0}),
+    ],
+)
+def test_a_file_without_the_tokens_that_the_next_query_sees_is_refused(tmp_path, monkeypatch, options, forged):
+    state = files.LayerState
+    monkeypatch.setattr(files, "LayerState", lambda *values: replace(state(*values), **forged))
+    cache = numbaflash.RingKVCache(1, 2, 32, capacity=20, sink_tokens=3, page_size=8, rollback=5, **options)
+    tokens = np.ones((41, 2, 32), np.float16)
+    cache.append(0, tokens, tokens)
+    cache.save(tmp_path / "c")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="a layer 0 that cannot be"):
+        numbaflash.RingKVCache.load(tmp_path / "c")
 
 
 @pytest.mark.parametrize(
