@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cpu import RUN_FIELDS
-from ..cpu.code_paging import CODE_PAGES, all_finite, list_seen_runs
+from ..cpu.code_paging import CODE_PAGES, list_seen_runs
+from ..cpu.fit import all_finite
 from ..problem import FLOAT16
 from .layer import Layer, NewTokens, Segment
 from .layout import RingLayout

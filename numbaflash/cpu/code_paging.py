@@ -11,7 +11,7 @@ from .runs import RUN_FIELDS
 from .task import record_at
 from .vector import load_int, store_int
 
-__all__ = ["CODE_PAGES", "all_finite", "list_seen_runs"]
+__all__ = ["CODE_PAGES", "list_seen_runs"]
 
 _ROW = 8 * RUN_FIELDS
 _PARAMETERS_ROW = 8 * 2
@@ -114,13 +114,3 @@ def list_seen_runs(
     rows = (row - table) // _ROW
     _clear_parameters(to, parameters + rows * _PARAMETERS_ROW)
     return rows
-
-
-@kernel
-def all_finite(halves):
-    """Say whether no float16 among these bits, (n,) uint16, is NaN or infinite."""
-    exponent = np.uint16(0x7C00)
-    found = False
-    for bits in halves:
-        found |= bits & exponent == exponent
-    return not found

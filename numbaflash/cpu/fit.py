@@ -10,10 +10,20 @@ import numpy as np
 
 from .jit import kernel
 
-__all__ = ["encode", "half_quadratic"]
+__all__ = ["all_finite", "encode", "half_quadratic"]
 
 _LANES = 64  # groups that are worked on together; their state fits into L1
 _LARGEST_GROUP = 256  # tokens of a page, or elements of a token
+
+
+@kernel
+def all_finite(halves):
+    """Say whether no float16 among these bits, (n,) uint16, is NaN or infinite."""
+    exponent = np.uint16(0x7C00)
+    found = False
+    for bits in halves:
+        found |= bits & exponent == exponent
+    return not found
 
 
 @kernel
