@@ -1,4 +1,4 @@
-"""Builds the kernels that later parts time, several at once, and says how long each took."""
+"""Builds the kernels of the parts that have no time for it, several at once, and says how long each took."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+from typing import Any
 
 from numbaflash.cuda.build import Buildable, build
 from numbaflash.cuda.device import EmulatedDevice
@@ -15,9 +18,10 @@ from numbaflash.cuda.flash_v2 import FlashV2
 from numbaflash.cuda.scoring import Scoring
 from numbaflash.cuda.standard import StandardScores, StandardSoftmax, StandardValues
 from numbaflash.cuda.variant import Variant
-from numbaflash.user_cache import cache_directory
+from numbaflash.problem import describe
 
 from .parts import Row
+from .small import problems
 
 
 def build_kernels(emulated: bool) -> Iterator[Row]:
@@ -25,39 +29,38 @@ def build_kernels(emulated: bool) -> Iterator[Row]:
     gpu, _ = find_usable_gpu()
     cc = EmulatedDevice().compute_capability if emulated or gpu is None else gpu.compute_capability
     kernels = list(_kernels(emulated, cc))
-    with ProcessPoolExecutor(min(len(kernels), os.cpu_count() or 1)) as pool:
+    # Spawned, for CUDA does not survive a fork.
+    with ProcessPoolExecutor(min(len(kernels), os.cpu_count() or 1), get_context("spawn")) as pool:
         waiting = {pool.submit(_timed_build, kernel, cc): kernel for kernel in kernels}
         for done in as_completed(waiting):
             yield {"kernel": _name(waiting[done]), "target": f"sm_{cc[0]}{cc[1]}", **done.result()}
 
 
 def _kernels(emulated: bool, cc: tuple[int, int]) -> Iterator[Buildable]:
-    for head_dim in (64,) if emulated else (64, 128):
-        for dtype in ("float16",) if emulated else ("float16", "bfloat16"):
+    if emulated:
+        yield FlashV2.of(Variant(64, 64, "float16"), cc)
+        return
+    plain = [Variant(head_dim, head_dim, "float16") for head_dim in (64, 128)]
+    for variant in plain:
+        for dtype in ("float16", "bfloat16"):
             for causal in (False, True):
-                yield FlashV2.of(Variant(head_dim, head_dim, dtype, Scoring(right=causal)), cc)
-        if not emulated:
-            plain = Variant(head_dim, head_dim, "float16")
-            yield FlashV1.of(plain)
-            yield from (kernel.of(plain) for kernel in (StandardScores, StandardSoftmax, StandardValues))
+                yield FlashV2.of(replace(variant, dtype=dtype, scoring=Scoring(right=causal)), cc)
+    small = [Variant.of(describe(*arrays, **options), lse=False) for arrays, options in problems()]
+    for variant in dict.fromkeys([*plain, *small]):
+        yield from (kernel.of(variant) for kernel in (FlashV1, StandardScores, StandardSoftmax, StandardValues))
+    yield from (FlashV2.of(variant, cc) for variant in small if variant not in plain)
 
 
 def _name(kernel: Buildable) -> str:
-    variant = getattr(kernel, "variant", None)
-    if variant is None:
-        return type(kernel).__name__
-    causal = ", causal" if variant.scoring.right else ""
-    return f"{type(kernel).__name__}, head_dim {variant.head_dim}, {variant.dtype}{causal}"
+    variant: Any = getattr(kernel, "variant", kernel)
+    dims = [f"{name} {getattr(variant, name)}" for name in ("head_dim", "value_dim") if hasattr(variant, name)]
+    scoring = getattr(variant, "scoring", Scoring())
+    options = "every option" if scoring.softcap else "causal" if scoring.right else "no option"
+    return ", ".join([type(kernel).__name__, *dims, variant.dtype, options])
 
 
 def _timed_build(kernel: Buildable, cc: tuple[int, int]) -> Row:
-    before = set(cache_directory().glob("*"))
     start = time.perf_counter()
     built = build(kernel, cc)
     seconds = time.perf_counter() - start
-    return {
-        "seconds": seconds,
-        "cold": set(cache_directory().glob("*")) != before,
-        "registers": built.usage.registers,
-        "spill_bytes": built.usage.spill_bytes,
-    }
+    return {"seconds": seconds, "registers": built.usage.registers, "spill_bytes": built.usage.spill_bytes}

@@ -35,7 +35,7 @@ def main() -> None:
             numbaflash.attention(*arrays, algorithm=algorithm, backend=asked.backend)
         return
     wrong = 0
-    for arrays, options in list(_problems())[: 1 if asked.backend == "emulated" else None]:
+    for arrays, options in list(problems())[: 1 if asked.backend == "emulated" else None]:
         want, _ = reference.attention(describe(*arrays, **options), *arrays)
         for algorithm in ALGORITHMS:
             out = numbaflash.attention(*arrays, algorithm=algorithm, backend=asked.backend, **options)
@@ -46,23 +46,21 @@ def main() -> None:
     sys.exit(min(wrong, 1))
 
 
-def _problems() -> Iterator[Problem]:
+def problems() -> Iterator[Problem]:
+    """Yield problems of ragged shapes, with no option and with every one, in each dtype."""
+    rng = np.random.default_rng(1)
+    everything = {
+        "causal": True,
+        "window": (60, None),
+        "softcap": 3.0,
+        "bias": rng.standard_normal((4, 70, 150), np.float32),
+        "alibi_slopes": np.geomspace(0.5, 0.05, 4).astype(np.float32),
+        "sink_logits": np.linspace(0.5, 3, 4, dtype=np.float32),
+        "kv_lengths": [150, 77],
+    }
     for head_dim, dtype in ((64, "float16"), (128, "bfloat16"), (40, "float32")):
-        arrays = _arrays(2, 70, 150, 4, 2, head_dim, dtype)
-        rng = np.random.default_rng(1)
-        yield arrays, {}
-        yield arrays, {"causal": True}
-        yield (
-            arrays,
-            {
-                "window": (60, 5),
-                "softcap": 3.0,
-                "bias": rng.standard_normal((4, 70, 150), np.float32),
-                "alibi_slopes": np.geomspace(0.5, 0.05, 4).astype(np.float32),
-                "sink_logits": np.linspace(0.5, 3, 4, dtype=np.float32),
-                "kv_lengths": [150, 77],
-            },
-        )
+        for options in ({}, everything):
+            yield _arrays(2, 70, 150, 4, 2, head_dim, dtype), options
 
 
 def _arrays(

@@ -4,8 +4,9 @@ What limits a shape: registers (255 a thread; with 32 query rows a warp, O takes
 the block has keys), shared memory (163 KiB a block on 8.0, 227 on 9.0, 99 on 8.6 and 8.9), and the shared-memory pipe:
 16 query rows a warp read each fragment of K and V for half as many MMAs, 9.3 cycles of that pipe per HMMA's 8.
 
-Shares of tensor peak are the issue model's (`issue_model`: 2 warps, float16, sm_80, the loop as it runs when no maximum
-is raised), which ranks kernels and is no measurement.
+Shares of tensor peak are the issue model's (`issue_model`: the resident warps, float16, the loop as it runs when no
+maximum is raised), which ranks kernels and is no measurement. On 9.0 they are of what mma.sync can reach, 0.63 of the
+data sheet's. On 8.6 and 8.9 tensor cores take twice as long, so that little of what surrounds them shows.
 """
 
 from __future__ import annotations
@@ -61,19 +62,24 @@ def tile_shape(
         biased: A bias is among it: loads under way take more of them.
     """
     widest = max(head_dim, value_dim)
-    little = cc in ((8, 6), (8, 9))
+    little, hopper = cc in ((8, 6), (8, 9)), cc >= (9, 0)
     if float32:
         return _float32_shape(widest, little)
     if widest <= 64:
         # 128 keys: S and O take 192 registers, as at 128. With 64 keys the rescaling, the barriers and the loop weigh
-        # twice as much. 48 KiB: two blocks fit everywhere. Model 0.81, causal 0.79; other orders of loads 0.72 to 0.80.
-        return TileShape(128, 64 if scored else 128, 4, 2, k_ahead=1, v_ahead=2, copy_after=14)
+        # twice as much. 48 KiB: two blocks fit everywhere. 8.0: 0.81, causal 0.79; other orders of loads 0.72 to 0.80.
+        # 8.6 and 8.9: 0.94. 9.0: 0.65, and 0.62 in the order of 8.0.
+        keys = 64 if scored else 128
+        return TileShape(128, keys, 4, 2, k_ahead=2 if hopper else 1, v_ahead=2, copy_after=14)
     if widest <= 128:
-        # 64 keys, 64 KiB: two blocks. Model 0.84, causal 0.82; other orders of loads 0.76 to 0.86. On 8.6 and 8.9 that
-        # leaves room for one block of 4 warps; with 32 keys, 48 KiB, there are two.
-        return TileShape(128, 32 if biased or little else 64, 4, 2, k_ahead=2, v_ahead=3, copy_after=6)
-    # O alone would take more than 128 registers of 32 rows a warp: 16 rows, and 8 warps for as many queries. Model 0.70
-    # at 192, 0.74 at 256. At 256, 128 KiB with 64 keys; 96 KiB with 32, which is what fits on 8.6 and 8.9.
+        # 64 keys, 64 KiB: two blocks. 8.0: 0.84, causal 0.82; other orders of loads 0.76 to 0.86. On 8.6 and 8.9 that
+        # leaves room for one block of 4 warps; with 32 keys, 48 KiB, there are two: 0.95, as with one block of 8 warps
+        # and 64 keys. 9.0: 0.71, and 0.70 in the order of 8.0.
+        k_ahead, v_ahead = (3, 4) if hopper else (2, 3)
+        return TileShape(128, 32 if biased or little else 64, 4, 2, k_ahead, v_ahead, copy_after=6)
+    # O alone would take more than 128 registers of 32 rows a warp: 16 rows, and 8 warps for as many queries. At 256,
+    # 128 KiB with 64 keys; 96 KiB with 32, which is what fits on 8.6 and 8.9. 8.0: 0.72 at 192, 0.75 at 256; 8.6 and
+    # 8.9: 0.91, 0.92; 9.0: 0.56, 0.57: there the shared-memory pipe is what such fragments keep busy.
     return TileShape(128, 32 if little else 64, 8, 1, k_ahead=2, v_ahead=2, copy_after=2)
 
 
@@ -104,7 +110,8 @@ def v1_tile_shape(head_dim: int, value_dim: int, *, wide: bool = False, scored: 
     The paper gives a quarter of fast memory to each of K, V, Q and O: the more keys a block has, the fewer times Q and
     O are read. Here O is in registers. K and V take 64 KiB, Q 8 to 32: two blocks fit on 8.0 and 9.0 up to a head dim
     of 128, one on 8.6 and 8.9 at any. S and O take 128 to 160 registers a thread with 16 rows a warp. With 32 they
-    would spill, as they do with 256 keys where a score is more than scale * q.k (`scored`).
+    would spill. Where a score is more than scale * q.k (`scored`) there is room for half the keys up to a head dim of
+    64, and beyond 192.
     Float32 (`wide`) has fewer keys for as many bytes, and scores in two sums (`float32_products`).
     """
     widest = max(head_dim, value_dim)
@@ -114,4 +121,4 @@ def v1_tile_shape(head_dim: int, value_dim: int, *, wide: bool = False, scored: 
         return TileShape(64, 64, 4, 2 if widest <= 64 else 1, k_ahead=2, v_ahead=2, copy_after=0)
     if widest <= 128:
         return TileShape(64, 128 if scored or widest > 64 else 256, 4, 2, k_ahead=2, v_ahead=2, copy_after=0)
-    return TileShape(64, 64, 4, 1, k_ahead=2, v_ahead=2, copy_after=0)
+    return TileShape(64, 32 if scored and widest > 192 else 64, 4, 1, k_ahead=2, v_ahead=2, copy_after=0)

@@ -1,0 +1,1 @@
+"""Benchmarks: each file is a program that says in its first lines what it measures."""
