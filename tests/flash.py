@@ -117,13 +117,14 @@ def straightforward(q, k, v, **options):
 def assert_as_good_as_straightforward(q, k, v, *, algorithm="v2", **options):
     """The kernel's largest error is at most twice that of `straightforward`, both against float64.
 
-    And a last place of float32: of a single key the straightforward result is exact, while V in two TF32 numbers has 23
-    of its 24 bits. (Rounding to 16 bits hides as much.)
+    And four last places of float32. Of a single key the straightforward result is exact, while V in two TF32 numbers
+    has 23 of its 24 bits; and of a few rows the largest error in float32 is luck, for both. (Rounding to 16 bits hides
+    as much.)
     """
     out, lse = solved(q, k, v, algorithm=algorithm, **options)
     want, want_lse = expected(q, k, v, **options)
     plain = straightforward(q, k, v, **options).astype(np.float64)
     error, allowed = (np.abs(x - want).max(initial=0) for x in (out.astype(np.float64), plain))
     last_place = np.spacing(np.float32(np.abs(want).max(initial=0)))
-    assert error <= 2 * allowed + last_place, f"error {error}, straightforward {allowed}"
+    assert error <= 2 * allowed + 4 * last_place, f"error {error}, straightforward {allowed}"
     np.testing.assert_allclose(lse, want_lse, rtol=2e-5, atol=2e-5)

@@ -5,6 +5,22 @@ from __future__ import annotations
 import numpy as np
 from oracle import random_tokens
 
+SHAPES = [
+    {},
+    {"q_tokens": 1, "kv_tokens": 1},
+    {"q_tokens": 1, "kv_tokens": 300},
+    {"q_tokens": 129, "kv_tokens": 128},
+    {"q_tokens": 200, "kv_tokens": 64},
+    {"q_tokens": 257, "kv_tokens": 13},
+    {"q_tokens": 128, "kv_tokens": 257},
+    {"q_tokens": 65, "kv_tokens": 256, "q_heads": 1},
+    {"q_tokens": 40, "kv_tokens": 700, "q_heads": 1},
+    {"q_tokens": 33, "kv_tokens": 65, "batch": 2, "q_heads": 4, "kv_heads": 4},
+    {"q_tokens": 33, "kv_tokens": 65, "batch": 2, "q_heads": 4, "kv_heads": 2},
+    {"q_tokens": 33, "kv_tokens": 65, "batch": 2, "q_heads": 4, "kv_heads": 1},
+]
+"""Around the edges of all kernels' tiles, with rows that see nothing under a causal mask, and heads in groups."""
+
 
 def problem(
     *, q_tokens=70, kv_tokens=150, batch=1, q_heads=2, kv_heads=1, head_dim=64, value_dim=None, dtype="float16", seed=1

@@ -46,6 +46,13 @@ def test_blocks_that_all_rows_see_whole_pay_for_no_option_and_no_mask(scoring):
     assert sum(instruction.name in ("ISETP", "UISETP") for instruction in loop) <= 2
 
 
+def test_what_comes_before_or_after_the_loop_costs_the_loop_nothing():
+    plain = loop_of(64, CAUSAL)
+    more = hot_loop(machine_code(Variant(64, 64, "float16", CAUSAL, sinks=True, lengths=True, lse=True)))
+    assert len(more) <= len(plain) + 2  # registers are shared out anew
+    assert tensor_share(fast_path(more), AMPERE) >= 0.76
+
+
 @pytest.mark.parametrize(("head_dim", "share"), [(64, 0.85), (128, 0.74)])
 def test_float32_on_tensor_cores_is_ahead_of_the_best_that_ffma_could_do(head_dim, share):
     loop = hot_loop(machine_code(Variant(head_dim, head_dim, "float32", CAUSAL)))
