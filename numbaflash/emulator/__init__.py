@@ -37,7 +37,8 @@ text for sm_70 to sm_90a. Arrays are changed in place. `load` and `GlobalMemory`
 sectors and their efficiency by access to global memory, bytes of each space.
 
 **Not implemented is an error**: an opcode, modifier or type that is not known names its line; nothing is guessed. That
-is so for wgmma, TMA (`cp.async.bulk`), mbarriers, clusters, textures, `vprintf`, recursion and function pointers.
+is so for wgmma, TMA (`cp.async.bulk`), mbarriers, clusters, textures, `vprintf`, recursion, function pointers, and for
+Numba's own operators on float16 and bfloat16: they call CUDA C++ that is not in the PTX.
 
 **Not modelled**:
 

@@ -20,7 +20,6 @@ from .checks import (
     OBSERVING,
     OK,
     READ_AFTER_WRITE,
-    STRONG,
     WEAK,
     WRITE_AFTER_READ,
     WRITE_AFTER_WRITE,
@@ -38,12 +37,14 @@ class Global(NamedTuple):
     Attributes:
         data: Bytes; the address of byte 0 is `base`.
         valid: 1 for each byte that belongs to an allocation.
-        writer: Mark of the block that wrote a granule last in this launch, negative for a strong write.
-        other_writer: Where the last write is strong: mark of another block with a strong one that it need not come
-            after. Without elements where the kernel has no strong accesses, as `strong_reader`.
+        writer: Mark of the block with the last weak write to a granule in this launch.
+        strong_writer: Mark of the block with the last strong write since then. This, `other_writer` and `strong_reader`
+            have no elements where the kernel has no strong accesses.
+        other_writer: Mark of another block with a strong write that `strong_writer` need not come after.
         reader: Mark of a block that read it; -1 where several did.
         strong_reader: Mark of the last block that read it by a strong load: that races with weak writes only.
         written: Interval of `writer`; this and what follows up to `clocks` has no elements in kernels without fences.
+        strong_written: Interval of `strong_writer`.
         other_written: Interval of `other_writer`.
         read: Interval of `reader`.
         strong_read: Interval of `strong_reader`.
@@ -59,10 +60,12 @@ class Global(NamedTuple):
     data: Array
     valid: Array
     writer: Array
+    strong_writer: Array
     other_writer: Array
     reader: Array
     strong_reader: Array
     written: Array
+    strong_written: Array
     other_written: Array
     read: Array
     strong_read: Array
@@ -85,11 +88,13 @@ def _unordered(s: Global, mark: int, intervals: Array, granule: int, block: int,
 @njit(cache=True)
 def _racing_writer(s: Global, granule: int, block: int, strong: bool) -> int:
     """Mark of a block whose write races with what `block` does now."""
-    last = s.writer[granule]
-    if not (strong and last < 0) and _unordered(s, abs(last), s.written, granule, block, last < 0):
-        return abs(last)
-    if last < 0 and not strong and _unordered(s, s.other_writer[granule], s.other_written, granule, block, True):
-        return s.other_writer[granule]
+    if _unordered(s, s.writer[granule], s.written, granule, block, False):
+        return s.writer[granule]
+    if s.strong_writer.size > 0 and not strong:
+        if _unordered(s, s.strong_writer[granule], s.strong_written, granule, block, True):
+            return s.strong_writer[granule]
+        if _unordered(s, s.other_writer[granule], s.other_written, granule, block, True):
+            return s.other_writer[granule]
     return _NOBODY
 
 
@@ -147,16 +152,24 @@ def _note_read(s: Global, granule: int, block: int, strong: bool) -> None:
 @njit(cache=True)
 def _note_write(s: Global, granule: int, block: int, kind: int) -> None:
     """Stamps a write that is strong, or may be ordered before what another block does."""
-    mark, last, fences = block + 1, s.writer[granule], s.written.size > 0
-    if kind == OBSERVING or (kind == STRONG and last >= 0):
-        s.other_writer[granule] = _NOBODY
-    elif kind == STRONG and last != -mark:
-        s.other_writer[granule] = -last
+    mark, fences = block + 1, s.written.size > 0
+    if kind == WEAK:
+        s.writer[granule] = mark
         if fences:
-            s.other_written[granule] = s.written[granule]
-    s.writer[granule] = mark if kind == WEAK else -mark
+            s.written[granule] = s.clocks.own[block]
+        if s.strong_writer.size > 0:
+            s.strong_writer[granule] = s.other_writer[granule] = _NOBODY
+        return
+    last = s.strong_writer[granule]
+    if kind == OBSERVING or last == _NOBODY:
+        s.other_writer[granule] = _NOBODY
+    elif last != mark:
+        s.other_writer[granule] = last
+        if fences:
+            s.other_written[granule] = s.strong_written[granule]
+    s.strong_writer[granule] = mark
     if fences:
-        s.written[granule] = s.clocks.own[block]
+        s.strong_written[granule] = s.clocks.own[block]
 
 
 @njit(cache=True)
@@ -179,7 +192,7 @@ def global_read(
 
     A strong one (volatile, relaxed, acquire) does not race with atomics and strong stores.
     """
-    fences = s.written.size > 0
+    fences, strong_ones = s.written.size > 0, s.strong_writer.size > 0
     for i in range(address.size):
         at = address[i] - s.base
         if at < 0 or at + size > s.data.size or not s.valid[at] or not s.valid[at + size - 1]:
@@ -192,12 +205,14 @@ def global_read(
         mark = block + 1
         for granule in range(at >> s.shift, (at + size - 1 >> s.shift) + 1):
             writer = s.writer[granule]
-            if writer not in (_NOBODY, mark):
+            if strong_ones or writer not in (_NOBODY, mark):
                 racing = _racing_writer(s, granule, block, strong)
                 if racing:
                     return READ_AFTER_WRITE, i, racing - 1
+            if read_only and strong_ones and writer == _NOBODY:
+                writer = s.strong_writer[granule]
             if read_only and writer != _NOBODY:
-                return READ_AFTER_WRITE, i, abs(writer) - 1
+                return READ_AFTER_WRITE, i, writer - 1
             if fences or strong:
                 _note_read(s, granule, block, strong)
             elif s.reader[granule] != mark:
@@ -209,7 +224,7 @@ def global_read(
 def global_write(s: Global, blocks: Array, address: Array, size: int, values: Array, kind: int) -> tuple[int, int, int]:
     """Checks one store to global memory, stamps and does it; `values` and `kind` as in `shared_write`."""
     strong = kind != WEAK
-    fences = s.written.size > 0
+    fences, strong_ones = s.written.size > 0, s.strong_writer.size > 0
     for i in range(address.size):
         at = address[i] - s.base
         if at < 0 or at + size > s.data.size or not s.valid[at] or not s.valid[at + size - 1]:
@@ -226,17 +241,17 @@ def global_write(s: Global, blocks: Array, address: Array, size: int, values: Ar
             first = at >> s.shift
             for granule in range(first, first + max(size >> s.shift, 1)):
                 if not same:
-                    if s.writer[granule] not in (_NOBODY, mark):
+                    if strong_ones or s.writer[granule] not in (_NOBODY, mark):
                         racing = _racing_writer(s, granule, block, strong)
                         if racing:
                             return WRITE_AFTER_WRITE, i, racing - 1
-                    if s.reader[granule] not in (_NOBODY, mark) or s.strong_reader.size > 0:
+                    if s.reader[granule] not in (_NOBODY, mark) or strong_ones:
                         racing = _racing_reader(s, granule, block, strong)
                         if racing:
                             return WRITE_AFTER_READ, i, max(racing - 1, -1)
                     if fences:
                         _forget_readers(s, granule)
-                if fences or strong:
+                if fences or strong_ones:
                     _note_write(s, granule, block, kind)
                 else:
                     s.writer[granule] = mark

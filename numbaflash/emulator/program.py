@@ -26,7 +26,7 @@ from .ir import (
     Vector,
 )
 from .isa import Code, Names, translate
-from .isa.emit import HANDLERS, Site
+from .isa.emit import HANDLERS, Site, storage
 from .isa.integer import CARRY
 
 SHARED_WINDOW = 1 << 48
@@ -105,6 +105,11 @@ class Program:
     def sites(self) -> list[Site]:
         """Its memory instructions."""
         return self.names.sites
+
+    @cached_property
+    def register_storage(self) -> list[str]:
+        """NumPy type of each register."""
+        return [storage(kind) for kind in self.names.registers.values()]
 
     @cached_property
     def read_registers(self) -> set[int]:

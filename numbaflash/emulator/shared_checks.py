@@ -46,9 +46,10 @@ class Shared(NamedTuple):
     Attributes:
         data: Bytes; block b owns [b * stride, b * stride + limit).
         state: FRESH, READY, PENDING or OUTSIDE by granule.
-        writer: Stamp of the last write by granule.
-        other_writer: Where the last write is strong: stamp of a strong one by another warp that it need not come after.
-            Without elements where the kernel has no strong accesses, as `strong_reader`.
+        writer: Stamp of the last weak write by granule.
+        strong_writer: Stamp of the last strong write since then. This, `other_writer` and `strong_reader` have no
+            elements where the kernel has no strong accesses.
+        other_writer: Stamp of a strong write by another warp that `strong_writer` need not come after.
         readers: (granules, slots) stamps of reads: the last of each warp, or in two slots the last of all and the last
             of another warp than that. Those two are enough where only barriers of the whole block order warps: of the
             readers since the last one, one is of another warp than whoever writes.
@@ -66,6 +67,7 @@ class Shared(NamedTuple):
     data: Array
     state: Array
     writer: Array
+    strong_writer: Array
     other_writer: Array
     readers: Array
     strong_reader: Array
@@ -106,12 +108,12 @@ def _unordered(s: Shared, stamp: int, block: int, thread: int, floor: int, conve
 def _racing_writer(s: Shared, granule: int, block: int, thread: int, floor: int, converged: bool, strong: bool) -> int:
     """Stamp of a write to a granule that races with what `thread` does now; 0 where there is none."""
     last = s.writer[granule]
-    if not (strong and last & _STRONG) and _unordered(s, last, block, thread, floor, converged):
+    if _unordered(s, last, block, thread, floor, converged):
         return last
-    if last & _STRONG and not strong and s.other_writer.size > 0:
-        other = s.other_writer[granule]
-        if _unordered(s, other, block, thread, floor, converged):
-            return other
+    if s.strong_writer.size > 0 and not strong:
+        for last in (s.strong_writer[granule], s.other_writer[granule]):
+            if _unordered(s, last, block, thread, floor, converged):
+                return last
     return 0
 
 
@@ -141,12 +143,12 @@ def _of_several_lanes(s: Shared, last: int, stamp: int, block: int) -> int:
 @njit(cache=True)
 def _note_strong_write(s: Shared, granule: int, stamp: int, kind: int) -> None:
     """Stamps a strong write that races with nothing."""
-    last = s.writer[granule]
-    if kind == OBSERVING or not last & _STRONG:
+    last = s.strong_writer[granule]
+    if kind == OBSERVING or last == 0:
         s.other_writer[granule] = 0
     elif (last ^ stamp) & _THREAD >> 5 << 5:
         s.other_writer[granule] = last
-    s.writer[granule] = stamp
+    s.strong_writer[granule] = stamp
 
 
 # In the loops below stands what nearly every access needs; a call that takes the tuple of arrays costs as much as the
@@ -163,6 +165,7 @@ def shared_read(
     """
     own, floors = s.clocks.own, s.clocks.block_floor
     slot_by_warp = s.readers.shape[1] == s.lanes_per_block >> 5
+    strong_ones = s.strong_writer.size > 0
     for i in range(lanes.size):
         at = address[i]
         if at < s.lowest or at + size > s.limit:
@@ -185,8 +188,7 @@ def shared_read(
                 if s.initialized:
                     return UNINITIALIZED, i, -1
             if s.races:
-                written = s.writer[granule]
-                if written & _STRONG or not _settled(written, floor, thread, converged[i]):
+                if strong_ones or not _settled(s.writer[granule], floor, thread, converged[i]):
                     racing = _racing_writer(s, granule, block, thread, floor, converged[i], strong)
                     if racing:
                         return READ_AFTER_WRITE, i, racing & _THREAD
@@ -226,7 +228,7 @@ def shared_write(
         kind: WEAK, STRONG or OBSERVING; the latter two do not race with others of their kind.
     """
     own, floors = s.clocks.own, s.clocks.block_floor
-    strong = kind != WEAK
+    strong, strong_ones = kind != WEAK, s.strong_writer.size > 0
     for i in range(lanes.size):
         at = address[i]
         if at < s.lowest or at + size > s.limit:
@@ -255,12 +257,11 @@ def shared_write(
                 return UNINITIALIZED, i, -1
             if s.races:
                 if not same:
-                    written = s.writer[granule]
-                    if written & _STRONG or not _settled(written, floor, thread, converged[i]):
+                    if strong_ones or not _settled(s.writer[granule], floor, thread, converged[i]):
                         racing = _racing_writer(s, granule, block, thread, floor, converged[i], strong)
                         if racing:
                             return WRITE_AFTER_WRITE, i, racing & _THREAD
-                    settled = s.strong_reader.size == 0
+                    settled = not strong_ones
                     for slot in range(s.readers.shape[1]):
                         settled = settled and _settled(s.readers[granule, slot], floor, thread, converged[i])
                     racing = 0 if settled else _racing_reader(s, granule, block, thread, floor, converged[i], strong)
@@ -270,6 +271,8 @@ def shared_write(
                     _note_strong_write(s, granule, stamp, kind)
                 else:
                     s.writer[granule] = stamp
+                    if strong_ones:
+                        s.strong_writer[granule] = s.other_writer[granule] = 0
             s.state[granule] = state
         if values.shape[0] > 0:
             for byte in range(size):

@@ -19,7 +19,6 @@ from .grid_order import GridOrder
 from .group import WARP, Group
 from .ir import Instruction
 from .isa import Site
-from .isa.emit import storage
 from .order import Order
 from .program import LOCAL_WINDOW, SHARED_WINDOW, limits
 from .shared_checks import Shared
@@ -107,8 +106,8 @@ class Threads:
         return self.program.shared_used + self.launch.shared_bytes
 
     def _zero_registers(self) -> list[Array]:
-        zeros = {kind: np.zeros(self.total, kind) for kind in ("b1", "u1", "u2", "u4", "u8", "f4", "f8")}
-        return [zeros[storage(kind)] for kind in self.program.names.registers.values()]
+        zeros = {kind: np.zeros(self.total, kind) for kind in set(self.program.register_storage)}
+        return [zeros[kind] for kind in self.program.register_storage]
 
     def _shared_memory(self) -> Shared:
         limit = self.program.static_shared + self.launch.shared_bytes
@@ -121,6 +120,7 @@ class Threads:
             data=np.full(self.count * stride, 0xFF, np.uint8),
             state=self._fresh_shared(stride, shift),
             writer=np.zeros(granules, np.int64),
+            strong_writer=np.zeros(granules if strong else 0, np.int64),
             other_writer=np.zeros(granules if strong else 0, np.int64),
             readers=np.zeros((granules, slots), np.int64),
             strong_reader=np.zeros(granules if strong else 0, np.int64),

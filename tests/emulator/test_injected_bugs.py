@@ -325,9 +325,11 @@ def test_races_between_blocks_are_seen_across_chunks() -> None:
     """Block 0 and block 4095 never run together."""
     places = np.arange(4096, dtype="i4")
     places[-1] = 0
-    error = caught(lambda: emulator.launch(write_place, 4096, 32, np.zeros(4096, "i4"), places))
+    out = np.zeros(4096, "i4")
+    error = caught(lambda: emulator.launch(write_place, 4096, 32, out, places))
     assert error.kind == "global-race"
     assert error.place.block == (4095, 0, 0)
+    stands(error, ptx_of(write_place, (out, places), (8, 0)), r"st\.global", source_line(write_place, "out[places"))
 
 
 @cuda.jit(lineinfo=True)
@@ -483,3 +485,45 @@ def test_spin_lock_makes_progress_and_orders_the_blocks() -> None:
     total = np.zeros(1, "i4")
     emulator.launch(spin_lock, 6, 32, np.zeros(1, "i4"), total)
     assert total[0] == 6
+
+
+@cuda.jit(lineinfo=True)
+def cleared_then_added(x, out, sync):  # type: ignore[no-untyped-def]
+    total = cuda.shared.array(1, int32)
+    t = cuda.threadIdx.x
+    if t == 0:
+        total[0] = 0
+    if sync:
+        cuda.syncthreads()
+    cuda.atomic.add(total, 0, x[t])
+    cuda.syncthreads()
+    if t == 0:
+        out[0] = total[0]
+
+
+def test_missing_barrier_between_clearing_a_sum_and_adding_to_it() -> None:
+    """The thread that clears it adds to it as well, which must not hide its store."""
+    args = (np.arange(64, dtype="i4"), np.zeros(1, "i4"))
+    emulator.launch(cleared_then_added, 1, 64, *args, True)
+    assert args[1][0] == 63 * 32
+    error = caught(lambda: emulator.launch(cleared_then_added, 1, 64, *args, False))
+    assert error.kind == "shared-race"
+    ptx = ptx_of(cleared_then_added, (*args, False), (8, 0))
+    stands(error, ptx, r"atom\.shared", source_line(cleared_then_added, "cuda.atomic.add"))
+    assert "what thread 0 wrote" in error.reason
+
+
+@cuda.jit(lineinfo=True)
+def cleared_by_a_block(total):  # type: ignore[no-untyped-def]
+    if cuda.blockIdx.x == 0:
+        total[0] = 1
+    cuda.atomic.add(total, 0, 1)
+
+
+def test_sum_of_all_blocks_that_one_of_them_sets() -> None:
+    total = np.zeros(1, "i4")
+    error = caught(lambda: emulator.launch(cleared_by_a_block, 4, 1, total))
+    assert error.kind == "global-race"
+    ptx = ptx_of(cleared_by_a_block, (total,), (8, 0))
+    stands(error, ptx, r"atom\.global", source_line(cleared_by_a_block, "cuda.atomic.add"))
+    assert error.place.block == (1, 0, 0)
