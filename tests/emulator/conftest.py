@@ -99,13 +99,13 @@ def rows() -> Iterator[Rows]:
 
 @pytest.fixture(autouse=True)
 def counted(request: pytest.FixtureRequest, rows: Rows) -> None:
-    rows.tests.add(request.node.nodeid)
+    rows.tests.add(request.node.name)
 
 
 @pytest.fixture
 def whole_file(request: pytest.FixtureRequest, rows: Rows) -> Rows:
     """The account after all other tests of the file; a run of some of them says nothing."""
-    left = {item.nodeid for item in request.node.parent.collect()} - rows.tests
+    left = {item.name for item in request.node.parent.collect()} - rows.tests
     if left:
         pytest.skip(f"{len(left)} tests of this file were not run")
     return rows
