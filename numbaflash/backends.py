@@ -11,7 +11,7 @@ __all__ = ["BACKENDS", "CACHE_BACKENDS", "choose_backend"]
 
 BACKENDS = ("cuda", "cpu", "emulated")
 """What `attention` runs on."""
-CACHE_BACKENDS = ("cpu",)
+CACHE_BACKENDS = BACKENDS
 """What `RingKVCache` lives on."""
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import as_numpy
 
-__all__ = ["DeviceArray", "current_stream", "empty_like", "is_on_gpu", "library_of", "view"]
+__all__ = ["AnyArray", "DeviceArray", "current_stream", "empty_like", "is_on_gpu", "library_of", "view"]
 
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 LEGACY_STREAM = 1
@@ -61,6 +61,10 @@ class DeviceArray:
         kept = (0 if own == 1 else step for own, step in zip(self.shape, self.strides, strict=True))
         strides = ((0,) * new) + tuple(kept)
         return DeviceArray(self.address, shape, strides, self.dtype, self.owner, self.device, self.stream)
+
+
+AnyArray: TypeAlias = NDArray[Any] | DeviceArray
+"""An array where it lies, as `view` returns it."""
 
 
 def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

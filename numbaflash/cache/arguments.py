@@ -6,8 +6,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
+from ..device_arrays import AnyArray
 from ..problem import DTYPES, check_heads
 from .layout import RingLayout
 from .page_format import BITS
@@ -66,13 +67,13 @@ def choose_quantizer(dtype: np.dtype[Any], quantizer: Quantizer | str | None) ->
     return quantizer_of("group" if quantizer is None else quantizer)
 
 
-def check_q(q: NDArray[Any], kv_heads: int, head_dim: int, lead: tuple[int, ...] = ()) -> None:
+def check_q(q: AnyArray, kv_heads: int, head_dim: int, lead: tuple[int, ...] = ()) -> None:
     """Check the shape of queries, (*lead, T, Hq, D)."""
     _check_shape("q", q, (*lead, "tokens", "q heads", head_dim))
     check_heads(q.shape[-2], kv_heads)
 
 
-def check_kv(k: NDArray[Any], v: NDArray[Any], kv_heads: int, head_dim: int, lead: tuple[int, ...] = ()) -> None:
+def check_kv(k: AnyArray, v: AnyArray, kv_heads: int, head_dim: int, lead: tuple[int, ...] = ()) -> None:
     """Check the shapes of keys and values, (*lead, T, Hkv, D)."""
     for name, array in (("k", k), ("v", v)):
         _check_shape(name, array, (*lead, "tokens", kv_heads, head_dim))
@@ -80,7 +81,7 @@ def check_kv(k: NDArray[Any], v: NDArray[Any], kv_heads: int, head_dim: int, lea
         raise ValueError(f"v must have k's shape {k.shape}, got {v.shape}")
 
 
-def _check_shape(name: str, array: NDArray[Any], axes: tuple[int | str, ...]) -> None:
+def _check_shape(name: str, array: AnyArray, axes: tuple[int | str, ...]) -> None:
     fits = array.ndim == len(axes)
     for axis, size in zip(axes, array.shape, strict=False):  # a loop, for a generator takes three times as long
         fits = fits and (axis == size or isinstance(axis, str))

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..arrays import as_numpy, like
 from ..problem import check_dtype, describe_scoring
 from .arguments import check_kv, check_q
 from .ring import RingKVCache
-from .step import step
 
 __all__ = ["attention_batch"]
 
@@ -61,7 +59,9 @@ def attention_batch(
     layers = [cache._layer(layer) for cache in caches]
     if len({one.page_format for one in layers}) != 1:
         raise ValueError("caches must agree in page_size and the quantizer's groups where they are quantized")
-    queries, keys, values = as_numpy(q, "q"), as_numpy(k, "k"), as_numpy(v, "v")
+    place = caches[0]._place
+    place.check_together([cache._place for cache in caches])
+    queries, keys, values = place.view(q, "q"), place.view(k, "k"), place.view(v, "v")
     check_dtype(q=queries, k=keys, v=values)
     kv_heads, head_dim, lead = caches[0].num_kv_heads, caches[0].head_dim, (len(caches),)
     check_q(queries, kv_heads, head_dim, lead)
@@ -74,7 +74,7 @@ def attention_batch(
         head_dim=head_dim,
         scale=scale,
         softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sink_logits=sink_logits,
+        alibi_slopes=place.option(alibi_slopes),
+        sink_logits=place.option(sink_logits),
     )
-    return like(q, step(layers, queries, keys, values, scoring))
+    return place.step(layers, queries, keys, values, scoring, {"q": q, "k": k, "v": v})

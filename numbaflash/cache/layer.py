@@ -1,10 +1,13 @@
-"""One layer of a cache, as `step.py` and `ring.py` see it: of floats here, of codes in `quantized.py`."""
+"""One layer of a cache, wherever its tokens lie; in host memory of floats here, of codes in `quantized.py`.
+
+On a device it is one of `device_ring.py`.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +17,7 @@ from .layout import RingLayout
 from .page_format import PageFormat
 from .token_ring import TokenRing
 
-__all__ = ["FloatLayer", "Layer", "NewTokens", "Segment"]
+__all__ = ["FloatLayer", "HostLayer", "Layer", "NewTokens", "Ring", "Segment"]
 
 _NO_CODES = np.empty((0, 2), np.int64)
 
@@ -41,6 +44,24 @@ class Segment(NamedTuple):
     parameters: NDArray[np.int64] = _NO_CODES
 
 
+class Ring(Protocol):
+    """Tokens as they are, in pages.
+
+    Attributes:
+        length: Tokens seen.
+        intact: Oldest position, sink tokens apart, that has not been overwritten.
+    """
+
+    length: int
+    intact: int
+
+    def write(self, keys: NDArray[Any], values: NDArray[Any]) -> None:
+        """Append tokens, (T, Hkv, D) each, of the storage dtype."""
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Return copies of the tokens `start` to `stop`: (2, tokens, Hkv, D)."""
+
+
 class Layer(ABC):
     """The tokens of one layer.
 
@@ -55,7 +76,7 @@ class Layer(ABC):
 
     page_format: PageFormat | None = None
 
-    def __init__(self, index: int, layout: RingLayout, ring: TokenRing) -> None:
+    def __init__(self, index: int, layout: RingLayout, ring: Ring) -> None:
         self.index = index
         self.layout = layout
         self.ring = ring
@@ -87,30 +108,6 @@ class Layer(ABC):
     @abstractmethod
     def release(self) -> None:
         """Give all pages back."""
-
-    @abstractmethod
-    def prepare(self, keys: NDArray[Any], values: NDArray[Any]) -> NewTokens:
-        """Return new tokens, (T, Hkv, D), as `segments` and `write` take them; the layer does not change.
-
-        Raises:
-            ValueError: They cannot be stored.
-        """
-
-    @abstractmethod
-    def discard(self, new: NewTokens, /) -> None:
-        """Give back the pages of what `prepare` returned, in the place of `write`."""
-
-    @abstractmethod
-    def write(self, new: NewTokens) -> None:
-        """Append what `prepare` returned; where that fails, nothing has changed, and it has been discarded."""
-
-    @abstractmethod
-    def segments(self, start: int, stop: int, new: NewTokens) -> list[Segment]:
-        """Part queries at `start` to `stop` by what they see of the layer and of new tokens, in order of positions."""
-
-    def fold_queries(self, q: NDArray[Any]) -> NDArray[Any]:
-        """Return queries (T, Hq, D) as they are to meet the layer's keys; q itself where those are as they came."""
-        return q
 
     def check_queries(self, start: int) -> None:
         """See that everything is there that the queries from `start` on see.
@@ -157,7 +154,37 @@ class Layer(ABC):
         self.ring.length, self.ring.intact = length, raw_intact
 
 
-class FloatLayer(Layer):
+class HostLayer(Layer):
+    """A layer in host memory: the CPU's kernels read it as runs of tokens."""
+
+    ring: TokenRing
+
+    @abstractmethod
+    def prepare(self, keys: NDArray[Any], values: NDArray[Any]) -> NewTokens:
+        """Return new tokens, (T, Hkv, D), as `segments` and `write` take them; the layer does not change.
+
+        Raises:
+            ValueError: They cannot be stored.
+        """
+
+    @abstractmethod
+    def discard(self, new: NewTokens, /) -> None:
+        """Give back the pages of what `prepare` returned, in the place of `write`."""
+
+    @abstractmethod
+    def write(self, new: NewTokens) -> None:
+        """Append what `prepare` returned; where that fails, nothing has changed, and it has been discarded."""
+
+    @abstractmethod
+    def segments(self, start: int, stop: int, new: NewTokens) -> list[Segment]:
+        """Part queries at `start` to `stop` by what they see of the layer and of new tokens, in order of positions."""
+
+    def fold_queries(self, q: NDArray[Any]) -> NDArray[Any]:
+        """Return queries (T, Hq, D) as they are to meet the layer's keys; q itself where those are as they came."""
+        return q
+
+
+class FloatLayer(HostLayer):
     """A layer whose tokens are all in its ring."""
 
     @property

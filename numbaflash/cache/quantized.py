@@ -21,7 +21,7 @@ from ..cpu import RUN_FIELDS
 from ..cpu.code_paging import CODE_PAGES, list_seen_runs
 from ..cpu.fit import all_finite
 from ..problem import FLOAT16
-from .layer import Layer, NewTokens, Segment
+from .layer import HostLayer, NewTokens, Segment
 from .layout import RingLayout
 from .page_format import PageFormat
 from .pages import PagePool, PageTable
@@ -35,7 +35,7 @@ __all__ = ["QuantizedLayer"]
 _NO_PAGE = 1 << 62
 
 
-class QuantizedLayer(Layer):
+class QuantizedLayer(HostLayer):
     """A layer of pages of codes, and a ring of tokens in float16.
 
     Args:

@@ -8,27 +8,25 @@ quantized cache obeys it with what `quantized.py` says each query sees in the pl
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ..arrays import as_numpy, like
 from ..backends import CACHE_BACKENDS, choose_backend
-from ..problem import FLOAT16, MAX_HEAD_DIM, check_dtype, describe_scoring
+from ..problem import MAX_HEAD_DIM, check_dtype, describe_scoring
 from . import files
 from .arguments import check_kv, check_q, choose_quantizer, int_in, ring_layout, storage_dtype
-from .layer import FloatLayer, Layer
-from .layout import RingLayout, raw_layout
-from .pages import PagePool
+from .host_place import HostPlace
+from .layer import Layer
+from .place import CacheShape, Place
 from .quantized import QuantizedLayer
 from .quantizers import Quantizer, quantizer_of
 from .size import layer_nbytes
-from .step import attend, step
-from .token_ring import TokenRing
 
 __all__ = ["RingKVCache"]
 
@@ -52,7 +50,9 @@ class RingKVCache:
             a `Quantizer`.
         page_size: Tokens of a page: a power of two, 8 to 256.
         rollback: So many of the newest tokens can always be truncated, with the whole window still there.
-        backend: "cpu", or None to choose.
+        backend: "cpu"; "cuda", where arrays on the GPU are read and written where they lie, in the order of their
+            library's current stream; "emulated", the GPU's kernels on the emulator: slow, and checked. None: "cuda"
+            where a GPU is there and dtype is a float, else "cpu".
 
     Attributes:
         layout: Capacity, sink tokens, page size and rollback, and the slots that follow from them.
@@ -83,28 +83,16 @@ class RingKVCache:
         self.head_dim = int_in("head_dim", head_dim, 1, MAX_HEAD_DIM)
         self.layout = ring_layout(capacity, sink_tokens, page_size, rollback)
         self.dtype = storage_dtype(dtype)
-        self.backend = choose_backend(backend, CACHE_BACKENDS)
         self.quantizer = choose_quantizer(self.dtype, quantizer)
-        if self.quantizer is None:
-            self.pools: tuple[PagePool, ...] = (self._page_pool(self.dtype),)
-            self._hold([FloatLayer(i, self.layout, self._ring(self.layout)) for i in range(self.num_layers)])
-            return
-        self.quantizer.check_model(self.num_layers, self.num_kv_heads, self.head_dim)
-        page_format = self.quantizer.page_format(self.dtype.name, self.num_kv_heads, page_size, self.head_dim)
-        codes = PagePool((page_format.page_nbytes,), np.dtype(np.uint8))
-        self.pools = self._page_pool(FLOAT16), codes
-        self._hold(
-            [
-                QuantizedLayer(i, self.layout, self._ring(raw_layout(self.layout)), page_format, codes, self.quantizer)
-                for i in range(self.num_layers)
-            ]
-        )
+        # Kernels of devices take floats alone.
+        accepted = CACHE_BACKENDS if backend is not None or self.quantizer is None else ("cpu",)
+        self.backend = choose_backend(backend, accepted)
+        self._place = _place_of(self.backend)
+        self.pools, layers = self._place.open(self._shape())
+        self._hold(layers)
 
-    def _page_pool(self, dtype: np.dtype[Any]) -> PagePool:
-        return PagePool((2, self.num_kv_heads, self.layout.page_size, self.head_dim), dtype)
-
-    def _ring(self, layout: RingLayout) -> TokenRing:
-        return TokenRing(layout, self.pools[0])
+    def _shape(self) -> CacheShape:
+        return CacheShape(self.num_layers, self.num_kv_heads, self.head_dim, self.layout, self.dtype, self.quantizer)
 
     def append(self, layer: int, k: Any, v: Any) -> None:
         """Write T tokens of one layer; the oldest fall out.
@@ -119,10 +107,10 @@ class RingKVCache:
             ValueError: Wrong shapes, no such layer, or what is to be quantized is not finite in float16.
         """
         held = self._layer(layer)
-        keys, values = as_numpy(k, "k"), as_numpy(v, "v")
+        keys, values = self._place.view(k, "k"), self._place.view(v, "v")
         check_dtype(k=keys, v=values)
         check_kv(keys, values, self.num_kv_heads, self.head_dim)
-        held.write(held.prepare(keys, values))
+        self._place.append(held, keys, values, {"k": k, "v": v})
 
     def attend(
         self,
@@ -153,22 +141,20 @@ class RingKVCache:
                 float16 tokens of their pages.
         """
         held = self._layer(layer)
-        queries = as_numpy(q, "q")
+        queries = self._place.view(q, "q")
         check_dtype(q=queries)
         check_q(queries, self.num_kv_heads, self.head_dim)
-        start = held.length - len(queries)
-        held.check_queries(start)
+        held.check_queries(held.length - queries.shape[0])
         scoring = describe_scoring(
             batch=1,
             q_heads=queries.shape[1],
             head_dim=self.head_dim,
             scale=scale,
             softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sink_logits=sink_logits,
+            alibi_slopes=self._place.option(alibi_slopes),
+            sink_logits=self._place.option(sink_logits),
         )
-        none = np.empty((0, self.num_kv_heads, self.head_dim), self.pools[0].dtype)
-        return like(q, attend([held], [start], queries[None], [held.prepare(none, none)], scoring)[0])
+        return self._place.attend(held, queries, scoring, {"q": q})
 
     def step(
         self,
@@ -203,22 +189,24 @@ class RingKVCache:
             TypeError: Wrong dtypes.
             ValueError: Wrong shapes, or no such layer.
         """
-        queries, keys, values = as_numpy(q, "q"), as_numpy(k, "k"), as_numpy(v, "v")
+        view = self._place.view
+        queries, keys, values = view(q, "q"), view(k, "k"), view(v, "v")
         check_dtype(q=queries, k=keys, v=values)
         check_q(queries, self.num_kv_heads, self.head_dim)
         check_kv(keys, values, self.num_kv_heads, self.head_dim)
-        if len(keys) != len(queries):
-            raise ValueError(f"k must have q's {len(queries)} tokens, got {len(keys)}")
+        if keys.shape[0] != queries.shape[0]:
+            raise ValueError(f"k must have q's {queries.shape[0]} tokens, got {keys.shape[0]}")
         scoring = describe_scoring(
             batch=1,
             q_heads=queries.shape[1],
             head_dim=self.head_dim,
             scale=scale,
             softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sink_logits=sink_logits,
+            alibi_slopes=self._place.option(alibi_slopes),
+            sink_logits=self._place.option(sink_logits),
         )
-        return like(q, step([self._layer(layer)], queries[None], keys[None], values[None], scoring)[0])
+        given = {"q": q, "k": k, "v": v}
+        return self._place.step([self._layer(layer)], queries, keys, values, scoring, given)
 
     def length(self, layer: int) -> int:
         """Return how many tokens the layer has seen."""
@@ -245,7 +233,8 @@ class RingKVCache:
     def fork(self) -> RingKVCache:
         """Return a child that holds the same tokens and goes its own way; pages are shared until one side writes."""
         child = object.__new__(RingKVCache)
-        for name in ("num_layers", "num_kv_heads", "head_dim", "layout", "dtype", "quantizer", "backend", "pools"):
+        shared = "num_layers num_kv_heads head_dim layout dtype quantizer backend pools _place"
+        for name in shared.split():
             setattr(child, name, getattr(self, name))
         child._hold([layer.fork() for layer in self._layers])
         return child
@@ -258,7 +247,8 @@ class RingKVCache:
     @property
     def max_nbytes(self) -> int:
         """Bytes of the pages once every ring is full."""
-        one = layer_nbytes(self.num_kv_heads, self.head_dim, self.layout, self.dtype.name, self.quantizer)
+        stored = self._place.stored_dim(self.head_dim)
+        one = layer_nbytes(self.num_kv_heads, stored, self.layout, self.dtype.name, self.quantizer)
         return self.num_layers * one.total
 
     def save(
@@ -344,6 +334,18 @@ class RingKVCache:
 
     def _layer(self, layer: int) -> Layer:
         return self._layers[int_in("layer", layer, 0, self.num_layers - 1)]
+
+
+@functools.cache
+def _place_of(backend: str) -> Place:
+    if backend == "cpu":
+        return HostPlace()
+    try:
+        module = importlib.import_module(".device_place", __package__)
+    except ImportError as error:
+        raise RuntimeError(f"backends 'cuda' and 'emulated' need pip install 'numbaflash[cuda]': {error}") from error
+    place: Place = module.device_place(backend)
+    return place
 
 
 def _release(layers: Sequence[Layer]) -> None:

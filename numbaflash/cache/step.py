@@ -12,13 +12,15 @@ from numpy.typing import NDArray
 
 from ..cpu import Codes, KVRuns, Visibility, attend_runs
 from ..problem import Scoring
-from .layer import Layer, NewTokens, Segment
+from .layer import HostLayer, NewTokens, Segment
 from .page_format import PageFormat
 
 __all__ = ["attend", "step"]
 
 
-def step(layers: Sequence[Layer], q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], scoring: Scoring) -> NDArray[Any]:
+def step(
+    layers: Sequence[HostLayer], q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], scoring: Scoring
+) -> NDArray[Any]:
     """Attend to what the layers hold and to the new tokens, then write those.
 
     Args:
@@ -51,7 +53,7 @@ def step(layers: Sequence[Layer], q: NDArray[Any], k: NDArray[Any], v: NDArray[A
 
 
 def attend(
-    layers: Sequence[Layer],
+    layers: Sequence[HostLayer],
     starts: Sequence[int],
     q: NDArray[Any],
     news: Sequence[NewTokens],
@@ -85,7 +87,7 @@ def attend(
     return out.reshape(q.shape).astype(q.dtype, copy=False)
 
 
-def _runs(layer: Layer, segments: Sequence[Segment]) -> KVRuns:
+def _runs(layer: HostLayer, segments: Sequence[Segment]) -> KVRuns:
     """The runs of all segments, each of them a sequence, of layers like this one."""
     ring = layer.ring
     return KVRuns(
@@ -118,7 +120,7 @@ def _bounds(counts: list[int]) -> NDArray[np.int64]:
     return np.array([0, *accumulate(counts)], np.int64)
 
 
-def _folded(layers: Sequence[Layer], q: NDArray[Any]) -> NDArray[Any]:
+def _folded(layers: Sequence[HostLayer], q: NDArray[Any]) -> NDArray[Any]:
     """The queries as they meet the layers' keys."""
     given = list(q)
     folded = [layer.fold_queries(queries) for layer, queries in zip(layers, given, strict=True)]

@@ -31,7 +31,7 @@ FINISH_PARAMETERS = {
     **dict.fromkeys(("out_batch", "out_token", "out_head"), int64),
     # Pieces of output to look at and of keys and values to append: 0 where there are no splits, or no new tokens.
     **dict.fromkeys(("merged", "appended"), int64),
-    **dict.fromkeys(("tokens", "q_heads", "kv_heads", "page_shift"), int32),
+    **dict.fromkeys(("tokens", "q_heads", "kv_heads"), int32),
 }
 """Name and type of the kernel's parameters, in order."""
 
@@ -101,7 +101,7 @@ class FinishStep:
 
         def finish_step(
             k, v, out, records, partials, partial_sums, sinks, k_batch, k_token, k_head, v_batch, v_token, v_head,
-            out_batch, out_token, out_head, merged, appended, tokens, q_heads, kv_heads, page_shift,
+            out_batch, out_token, out_head, merged, appended, tokens, q_heads, kv_heads,
         ):  # fmt: skip
             number = int64(ptx.block_x()) * THREADS + ptx.thread_x()
             O, part = cuda.local.array(PIECE, float32), cuda.local.array(PIECE, float32)
@@ -133,6 +133,7 @@ class FinishStep:
                 token = row % tokens
                 sequence = row // tokens
                 record = records + RECORD_BYTES * sequence
+                page_shift = ptx.load_global_b32(record + 44)
                 sink_tokens, position = ptx.load_global_b32(record + 20), ptx.load_global_b32(record + 12) + token
                 if position < sink_tokens or position >= ptx.load_global_b32(record + 32):
                     slot, behind = position >> page_shift, position

@@ -6,6 +6,7 @@ into their pages. So nothing that a page holds changes before attention is done.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -21,7 +22,7 @@ from .paged_keys import ITEM, RECORD
 from .parameters import numpy_arguments, score_factors
 from .solve import Queue
 from .splits import split_keys
-from .vector_decode import DECODE_PARAMETERS, MAX_ROWS, DecodeVariant, VectorDecode
+from .vector_decode import DECODE_PARAMETERS, DecodeVariant, VectorDecode
 
 __all__ = ["MAX_POSITION", "Layout", "PagedLayer", "PagedSequence", "padded", "step"]
 
@@ -32,8 +33,13 @@ MAX_POSITION = 2**31 - 2**20
 class Layout(Protocol):
     """Which tokens of a sequence stay, and in which slots (`numbaflash.cache.layout.RingLayout`)."""
 
-    sink_tokens: int
-    page_size: int
+    @property
+    def sink_tokens(self) -> int:
+        """First tokens, which are never overwritten."""
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page, a power of two."""
 
     @property
     def window(self) -> int:
@@ -56,18 +62,17 @@ class Layout(Protocol):
 class PagedLayer:
     """What all sequences of a launch have in common.
 
-    A page is (2, kv_heads, page_size, `padded(head_dim)`), keys then values, at a multiple of 16 bytes; padding is 0.
+    A page is (2, kv_heads, its sequence's page_size, `padded(head_dim)`), keys then values, at a multiple of 16 bytes;
+    padding is 0.
 
     Attributes:
         kv_heads: Heads of keys and values.
         head_dim: Elements of a key and of a value.
-        page_size: Tokens of a page, a power of two.
         dtype: Of what pages hold.
     """
 
     kv_heads: int
     head_dim: int
-    page_size: int
     dtype: np.dtype[Any]
 
 
@@ -126,13 +131,20 @@ def step(
     if not given.shape[0] or not tokens:
         return
     call = _Call(queue, layer, sequences, tokens, given.dtype)
-    tail = None if k is None or v is None else (_readable(queue, k), _readable(queue, v))
+    tail = None if k is None or v is None else _Tail(_readable(queue, k), _readable(queue, v))
     if q is not None:
         assert scoring is not None
         assert out is not None
         call.attend(_readable(queue, q), tail, scoring, out)
     elif tail is not None:
-        call.finish(tail, None, None)
+        call.append(tail)
+
+
+class _Tail(NamedTuple):
+    """A step's own keys and values."""
+
+    k: DeviceArray
+    v: DeviceArray
 
 
 def _readable(queue: Queue, array: DeviceArray | NDArray[Any]) -> DeviceArray:
@@ -154,50 +166,35 @@ class _Call:
             record["window"], record["sink_tokens"] = min(layout.window, MAX_POSITION), layout.sink_tokens
             record["sink_slots"], record["ring_slots"] = layout.sink_slots, layout.ring_slots
             record["kept_from"] = max(layout.sink_tokens, sequence.length + tokens - layout.ring_tokens)
-            record["splits"] = 1
-        self.common = {
-            "kv_heads": layer.kv_heads,
-            "page_shift": layer.page_size.bit_length() - 1,
-            "tokens": tokens,
-        }
+            record["splits"], record["page_shift"] = 1, layout.page_size.bit_length() - 1
+        self.common = {"kv_heads": layer.kv_heads, "tokens": tokens}
 
-    def attend(
-        self, q: DeviceArray, tail: tuple[DeviceArray, DeviceArray] | None, scoring: Scoring, out: DeviceArray
-    ) -> None:
-        """Queue both launches."""
-        queue, layer, width = self.queue, self.layer, self.width
+    def attend(self, q: DeviceArray, tail: _Tail | None, scoring: Scoring, out: DeviceArray) -> None:
+        """Queue the attention, and what follows it."""
+        queue, layer = self.queue, self.layer
         q_heads = q.shape[2]
         rows = self.tokens * (q_heads // layer.kv_heads)
-        kernel = VectorDecode(
-            DecodeVariant(
-                width,
-                layer.dtype.name,
-                self.dtype.name,
-                masked=self.tokens > 1,
-                softcap=scoring.softcap > 0,
-                alibi=scoring.alibi_slopes is not None,
-                sinks=scoring.sink_logits is not None,
-            ),
-            min(MAX_ROWS, 1 << (rows - 1).bit_length()),
-        )
+        kernel = VectorDecode.of(DecodeVariant.of(self.width, layer.dtype, q.dtype, scoring, self.tokens), rows)
         row_blocks = -(-rows // kernel.rows)
         items = self._split(rows, layer.kv_heads * row_blocks)
-        partials = int(self.records["splits"][self.records["splits"] > 1].sum())
-        places = self._upload(items)
-        target = out if width == layer.head_dim else queue.empty((*out.shape[:3], width), out.dtype)
-        sums = queue.empty((max(partials, 1), self.tokens, q_heads, 2), FLOAT32) if partials else None
-        parts = queue.empty((partials, self.tokens, q_heads, width), FLOAT32) if partials else None
+        split = self.records["splits"] > 1
+        # All of these live until the launches that read them are queued.
+        uploaded = queue.place(np.concatenate([self.records.view(np.uint8), items.view(np.uint8)]))
+        partials = (int(self.records["splits"][split].sum()), self.tokens, q_heads)
+        outs, sums = queue.empty((*partials, self.width), FLOAT32), queue.empty((*partials, 2), FLOAT32)
+        whole = out if self.width == layer.head_dim else queue.empty((*out.shape[:3], self.width), out.dtype)
         slopes, sinks = (
             None if array is None else queue.place(array) for array in (scoring.alibi_slopes, scoring.sink_logits)
         )
         factor, cap = score_factors(scoring)
         values = {
             **self.common,
-            **_places(q=q, out=target, k=tail and tail[0], v=tail and tail[1]),
-            "records": places.address,
-            "items": places.address + self.records.nbytes,
-            "partials": 0 if parts is None else parts.address,
-            "partial_sums": 0 if sums is None else sums.address,
+            **_places(q=q, out=whole),
+            **_places(**_of(tail)),
+            "records": uploaded.address,
+            "items": uploaded.address + self.records.nbytes,
+            "partials": outs.address,
+            "partial_sums": sums.address,
             "slopes": 0 if slopes is None else slopes.address,
             "sinks": 0 if sinks is None else sinks.address,
             "q_heads": q_heads,
@@ -205,35 +202,26 @@ class _Call:
             "factor": factor,
             "cap": cap,
         }
-        grid = (len(items), layer.kv_heads, row_blocks)
-        queue.launch(kernel, grid, numpy_arguments(DECODE_PARAMETERS, values))
-        if partials or tail is not None:
-            self.finish(tail, (target, partials > 0, scoring), values)
-        if target is not out:
-            queue.copy_rows(target, out)
+        queue.launch(kernel, (len(items), layer.kv_heads, row_blocks), numpy_arguments(DECODE_PARAMETERS, values))
+        self._finish(values, math.prod(q.shape[:3]) if split.any() else 0, tail, sinks=sinks is not None)
+        if whole is not out:
+            queue.copy_rows(whole, out)
 
-    def finish(
-        self,
-        tail: tuple[DeviceArray, DeviceArray] | None,
-        attended: tuple[DeviceArray, bool, Scoring] | None,
-        values: dict[str, Any] | None,
-    ) -> None:
-        """Queue the merge of partial results and the append of the step's tokens."""
+    def append(self, tail: _Tail) -> None:
+        """Queue what makes the step's tokens part of the pages."""
+        records = self.queue.place(self.records.view(np.uint8))
+        unused = dict.fromkeys(("partials", "partial_sums", "sinks", "q_heads"), 0)
+        values = {**self.common, **_places(out=None, **_of(tail)), **unused, "records": records.address}
+        self._finish(values, 0, tail, sinks=False)
+
+    def _finish(self, values: dict[str, Any], merged_rows: int, tail: _Tail | None, *, sinks: bool) -> None:
+        """Queue the merge of so many rows and the append of the step's tokens, where there is either."""
         pieces = self.width // PIECE
-        merged = appended = 0
-        sinks = False
-        if values is None:
-            values = {**self.common, "records": self._upload(np.empty(0, ITEM)).address, "q_heads": 0}
-            values |= dict.fromkeys(("partials", "partial_sums", "sinks"), 0) | _places(out=None)
-        if attended is not None:
-            out, split, scoring = attended
-            sinks = scoring.sink_logits is not None
-            merged = int(np.prod(out.shape[:3])) * pieces if split else 0
-        if tail is not None:
-            appended = 2 * int(np.prod(tail[0].shape[:3])) * pieces
-        values |= _places(k=tail and tail[0], v=tail and tail[1]) | {"merged": merged, "appended": appended}
-        kernel = FinishStep(self.width, self.layer.dtype.name, self.dtype.name, sinks and merged > 0)
-        self.queue.launch(kernel, kernel.grid(merged + appended), numpy_arguments(FINISH_PARAMETERS, values))
+        merged, appended = merged_rows * pieces, 0 if tail is None else 2 * math.prod(tail.k.shape[:3]) * pieces
+        if merged + appended:
+            kernel = FinishStep(self.width, self.layer.dtype.name, self.dtype.name, sinks and merged > 0)
+            values = values | {"merged": merged, "appended": appended}
+            self.queue.launch(kernel, kernel.grid(merged + appended), numpy_arguments(FINISH_PARAMETERS, values))
 
     def _split(self, rows: int, blocks: int) -> NDArray[Any]:
         """Part the keys of each sequence, note it in the records, and return the work list."""
@@ -254,10 +242,9 @@ class _Call:
             partials += splits if splits > 1 else 0
         return np.array(items, ITEM)
 
-    def _upload(self, items: NDArray[Any]) -> DeviceArray:
-        """Copy records and work list to the device, one behind the other."""
-        raw = np.concatenate([self.records.view(np.uint8), items.view(np.uint8)])
-        return self.queue.place(raw)
+
+def _of(tail: _Tail | None) -> dict[str, DeviceArray | None]:
+    return {"k": None, "v": None} if tail is None else tail._asdict()
 
 
 def _places(**arrays: DeviceArray | None) -> dict[str, int]:

@@ -31,7 +31,7 @@ RECORD = np.dtype(
         ("kept_from", np.int32),  # oldest token of the step, sink tokens apart, that goes into pages
         ("first_partial", np.int32),  # of the sequence's splits
         ("splits", np.int32),
-        ("unused", np.int32),
+        ("page_shift", np.int32),  # log2 of the tokens of a page
     ]
 )
 """A sequence of a launch."""
@@ -62,13 +62,15 @@ class Listing(NamedTuple):
     first_page: Any  # of the ring, that this key is in
     first_slot: Any  # of that page
     count: Any
+    page_shift: Any
 
 
 def list_keys() -> Any:
     """Return a device function (address of a `RECORD`, `Rows`) -> `Listing`."""
 
     @cuda.jit(device=True, inline="always")  # a call would make Numba ask for a GPU
-    def listing(record, rows, page_shift):
+    def listing(record, rows):
+        page_shift = ptx.load_global_b32(record + 44)
         start, length = ptx.load_global_b32(record + 8), ptx.load_global_b32(record + 12)
         window, sink_tokens = ptx.load_global_b32(record + 16), ptx.load_global_b32(record + 20)
         sink_slots, ring_slots = ptx.load_global_b32(record + 24), ptx.load_global_b32(record + 28)
@@ -78,21 +80,22 @@ def list_keys() -> Any:
         first_page = int32((first - sink_tokens) >> page_shift)
         return Listing(
             ptx.load_global_b64(record), start, length, window, sink_tokens, sink_slots, ring_slots,
-            sinks, first, first_page, first_page % ring_slots, int32(sinks + max(end - first, int32(0))),
+            sinks, first, first_page, first_page % ring_slots, int32(sinks + max(end - first, int32(0))), page_shift,
         )  # fmt: skip
 
     return listing
 
 
 def key_address(row_bytes: int) -> Any:
-    """Return a device function (listing, position, kv_head, page_shift) -> address of a key that lies in a page.
+    """Return a device function (listing, position, kv_head) -> address of a key that lies in a page.
 
     Args:
         row_bytes: Of a key, and of a value.
     """
 
     @cuda.jit(device=True, inline="always")
-    def address(listing, position, kv_head, page_shift):
+    def address(listing, position, kv_head):
+        page_shift = listing.page_shift
         token = position if position < listing.sink_tokens else position - listing.sink_tokens
         slot = token >> page_shift
         if position >= listing.sink_tokens:

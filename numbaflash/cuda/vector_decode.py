@@ -16,8 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numba import cuda, float32, int32, int64
 from numba.cuda import types
+
+from numbaflash.problem import Scoring
 
 from . import ptx
 from .lane_groups import merge_lane_groups, sum_lanes
@@ -54,13 +57,28 @@ class DecodeVariant:
     alibi: bool = False
     sinks: bool = False
 
+    @classmethod
+    def of(
+        cls, head_dim: int, dtype: np.dtype[Any], step_dtype: np.dtype[Any], scoring: Scoring, tokens: int
+    ) -> DecodeVariant:
+        """Return the variant for steps of so many tokens; head_dim is padded."""
+        return cls(
+            head_dim,
+            dtype.name,
+            step_dtype.name,
+            masked=tokens > 1,
+            softcap=scoring.softcap > 0,
+            alibi=scoring.alibi_slopes is not None,
+            sinks=scoring.sink_logits is not None,
+        )
+
 
 DECODE_PARAMETERS = {
     # Addresses. q and out are (sequence, token, head, dim), k and v likewise with KV heads; strides in bytes.
     **dict.fromkeys(("q", "k", "v", "out", "records", "items", "partials", "partial_sums", "slopes", "sinks"), int64),
     **dict.fromkeys(("q_batch", "q_token", "q_head", "k_batch", "k_token", "k_head"), int64),
     **dict.fromkeys(("v_batch", "v_token", "v_head", "out_batch", "out_token", "out_head"), int64),
-    **dict.fromkeys(("tokens", "q_heads", "kv_heads", "group", "page_shift"), int32),
+    **dict.fromkeys(("tokens", "q_heads", "kv_heads", "group"), int32),
     # As `scoring.score_pairs` takes them.
     **dict.fromkeys(("factor", "cap"), float32),
 }
@@ -86,10 +104,15 @@ class VectorDecode:
     threads = 32 * _WARPS
     shared_bytes = 0
 
+    @classmethod
+    def of(cls, variant: DecodeVariant, rows: int) -> VectorDecode:
+        """Return the kernel for so many query rows of a KV head."""
+        return cls(variant, min(MAX_ROWS, 1 << (rows - 1).bit_length()))
+
     @property
     def blocks(self) -> int:
         """Blocks per multiprocessor that registers must suffice for."""
-        return 4 if self.rows * self.share.elements <= 32 else 2
+        return 4 if self.rows * self.share.elements <= 16 else 3 if self.rows * self.share.elements <= 32 else 2
 
     @property
     def share(self) -> RowShare:
@@ -129,7 +152,7 @@ class VectorDecode:
         def vector_decode(
             q, k, v, out, records, items, partials, partial_sums, slopes, sinks,
             q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, out_batch, out_token,
-            out_head, tokens, q_heads, kv_heads, group, page_shift, factor, cap,
+            out_head, tokens, q_heads, kv_heads, group, factor, cap,
         ):  # fmt: skip
             thread = ptx.thread_x()
             warp, own = thread >> 5, thread & (LANES - 1)
@@ -138,7 +161,7 @@ class VectorDecode:
             last_row = min(first_row + R, all_rows) - 1
             sequence = int64(ptx.load_global_b32(item))
             rows = Rows(int32(first_row // group), int32(last_row // group))
-            keys = list_block(records + RECORD_BYTES * sequence, rows, page_shift)
+            keys = list_block(records + RECORD_BYTES * sequence, rows)
             end = min(ptx.load_global_b32(item + 8), keys.count)
             exists = EVEN or own < CHUNKS
 
@@ -175,9 +198,9 @@ class VectorDecode:
                             round_step(K)
                             round_step(V)
                     else:
-                        key = address_of(keys, position, kv_head, page_shift) + own * CHUNK_BYTES
+                        key = address_of(keys, position, kv_head) + own * CHUNK_BYTES
                         load(key, K)
-                        load(key + (int64(kv_heads) << page_shift) * ROW_BYTES, V)
+                        load(key + (int64(kv_heads) << keys.page_shift) * ROW_BYTES, V)
                 elif not there:
                     for i in range(E):
                         V[i] = float32(0)

@@ -1,4 +1,7 @@
-"""The law of the cache: however the tokens are cut into steps, the results are those of the whole sequence."""
+"""The law of the cache: however the tokens are cut into steps, the results are those of the whole sequence.
+
+It holds on every backend; the emulator takes some 20 ms for a step, and so gets fewer examples.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,23 @@ def rings(draw):
     }
 
 
+BACKENDS = ["cpu", "emulated"]
+
+
+def law(examples, *strategies):
+    """Make a property of a function of a backend and of what the strategies draw."""
+
+    def decorate(body):
+        @pytest.mark.parametrize("backend", BACKENDS)
+        def test(backend):
+            count = examples if backend == "cpu" else examples // 8
+            settings(deadline=None, max_examples=count)(given(*strategies)(body))(backend)
+
+        return test
+
+    return decorate
+
+
 steps = st.lists(st.one_of(st.integers(0, 4), st.integers(5, 120)), min_size=1, max_size=8)
 heads = st.sampled_from([(1, 1), (4, 2), (3, 1)])
 
@@ -42,11 +62,10 @@ def take_steps(cache, q, k, v, chunks, **options):
     return np.concatenate(parts)
 
 
-@settings(deadline=None, max_examples=150)
-@given(rings(), steps, heads, st.integers(0, 2**32 - 1))
-def test_results_do_not_depend_on_how_tokens_are_cut_into_steps(ring, chunks, heads, seed):
+@law(150, rings(), steps, heads, st.integers(0, 2**32 - 1))
+def test_results_do_not_depend_on_how_tokens_are_cut_into_steps(backend, ring, chunks, heads, seed):
     q, k, v = tokens_of(np.random.default_rng(seed), sum(chunks), *heads)
-    cache = numbaflash.RingKVCache(1, heads[1], 8, dtype="float32", **ring)
+    cache = numbaflash.RingKVCache(1, heads[1], 8, dtype="float32", backend=backend, **ring)
 
     out = take_steps(cache, q, k, v, chunks)
 
@@ -55,14 +74,13 @@ def test_results_do_not_depend_on_how_tokens_are_cut_into_steps(ring, chunks, he
     assert cache.nbytes <= cache.max_nbytes
 
 
-@settings(deadline=None, max_examples=60)
-@given(rings(), steps, steps, st.data())
-def test_a_truncated_cache_goes_on_as_if_the_tokens_had_never_come(ring, before, after, data):
+@law(60, rings(), steps, steps, st.data())
+def test_a_truncated_cache_goes_on_as_if_the_tokens_had_never_come(backend, ring, before, after, data):
     total = sum(before)
     back = data.draw(st.integers(0, min(ring["rollback"], total)))
     rng = np.random.default_rng(total)
     q, k, v = tokens_of(rng, total + sum(after), 2, 1)
-    cache = numbaflash.RingKVCache(1, 1, 8, dtype="float32", **ring)
+    cache = numbaflash.RingKVCache(1, 1, 8, dtype="float32", backend=backend, **ring)
     take_steps(cache, q[:total], k[:total], v[:total], before)
 
     cache.truncate(total - back)
@@ -73,12 +91,11 @@ def test_a_truncated_cache_goes_on_as_if_the_tokens_had_never_come(ring, before,
     assert_close(out, want[total - back :])
 
 
-@settings(deadline=None, max_examples=60)
-@given(rings(), steps, steps, steps)
-def test_forks_go_their_own_ways_from_the_same_tokens(ring, common, left_steps, right_steps):
+@law(60, rings(), steps, steps, steps)
+def test_forks_go_their_own_ways_from_the_same_tokens(backend, ring, common, left_steps, right_steps):
     rng = np.random.default_rng(sum(common))
     shared = tokens_of(rng, sum(common), 2, 1)
-    parent = numbaflash.RingKVCache(1, 1, 8, dtype="float32", **ring)
+    parent = numbaflash.RingKVCache(1, 1, 8, dtype="float32", backend=backend, **ring)
     take_steps(parent, *shared, common)
     child = parent.fork()
 
@@ -90,14 +107,13 @@ def test_forks_go_their_own_ways_from_the_same_tokens(ring, common, left_steps, 
         assert_close(out, want[sum(common) :])
 
 
-@settings(deadline=None, max_examples=60)
-@given(rings(), steps, st.integers(1, 40))
-def test_append_and_attend_give_what_step_gives(ring, before, tokens):
+@law(60, rings(), steps, st.integers(1, 40))
+def test_append_and_attend_give_what_step_gives(backend, ring, before, tokens):
     rng = np.random.default_rng(tokens)
     tokens = min(tokens, ring["rollback"] + 1)
     total = sum(before) + tokens
     q, k, v = tokens_of(rng, total, 4, 2)
-    cache = numbaflash.RingKVCache(1, 2, 8, dtype="float32", **ring)
+    cache = numbaflash.RingKVCache(1, 2, 8, dtype="float32", backend=backend, **ring)
 
     for cut in (slice(0, sum(before)), slice(sum(before), total)):
         cache.append(0, k[cut], v[cut])
@@ -107,11 +123,12 @@ def test_append_and_attend_give_what_step_gives(ring, before, tokens):
     assert_close(out, want[sum(before) :])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("storage", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_keys_and_values_are_rounded_to_the_storage_dtype_however_they_arrive(storage, dtype):
+def test_keys_and_values_are_rounded_to_the_storage_dtype_however_they_arrive(backend, storage, dtype):
     q, k, v = tokens_of(np.random.default_rng(1), 50, 4, 2, 16, np.dtype(dtype))
-    cache = numbaflash.RingKVCache(1, 2, 16, capacity=30, sink_tokens=2, page_size=8, dtype=storage)
+    cache = numbaflash.RingKVCache(1, 2, 16, capacity=30, sink_tokens=2, page_size=8, dtype=storage, backend=backend)
 
     out = take_steps(cache, q, k, v, [20, 1, 1, 28])
 
@@ -130,23 +147,23 @@ def test_keys_and_values_are_rounded_to_the_storage_dtype_however_they_arrive(st
     ],
     ids=lambda options: next(iter(options)),
 )
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("chunks", [[40], [1] * 40, [33, 7]])
-def test_every_scoring_option_obeys_the_law(options, chunks):
+def test_every_scoring_option_obeys_the_law(backend, options, chunks):
     q, k, v = tokens_of(np.random.default_rng(2), 40, 4, 2)
-    cache = numbaflash.RingKVCache(1, 2, 8, capacity=24, sink_tokens=4, page_size=8, dtype="float32")
+    cache = numbaflash.RingKVCache(1, 2, 8, capacity=24, sink_tokens=4, page_size=8, dtype="float32", backend=backend)
 
     out = take_steps(cache, q, k, v, chunks, **options)
 
     assert_close(out, expected_of_cache(q, k, v, capacity=24, sink_tokens=4, **options))
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.lists(rings(), min_size=1, max_size=4), st.integers(0, 20), st.data())
-def test_a_batch_of_caches_steps_as_each_would_alone(rings_of_batch, tokens, data):
+@law(40, st.lists(rings(), min_size=1, max_size=4), st.integers(0, 20), st.data())
+def test_a_batch_of_caches_steps_as_each_would_alone(backend, rings_of_batch, tokens, data):
     rng = np.random.default_rng(tokens)
     caches, histories = [], []
     for ring in rings_of_batch:
-        cache = numbaflash.RingKVCache(2, 2, 8, dtype="float32", **ring)
+        cache = numbaflash.RingKVCache(2, 2, 8, dtype="float32", backend=backend, **ring)
         histories.append(tokens_of(rng, data.draw(st.integers(0, 100)), 4, 2))
         cache.append(1, *histories[-1][1:])
         caches.append(cache)

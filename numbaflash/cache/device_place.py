@@ -1,0 +1,173 @@
+"""Caches in device memory, computed by the kernels of `numbaflash.cuda`: on a GPU, or on the emulator.
+
+One path for both: it knows a `Device`, never which. Work is queued on the current stream of the library that the
+arrays are from; a cache that is used on several streams keeps its order by events (`DevicePagePool`).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, cast
+
+from ..arrays import as_numpy
+from ..cuda import paged
+from ..cuda.callers import Result, caller_stream
+from ..cuda.device import Device, EmulatedDevice
+from ..cuda.gpu import CudaDevice, cuda_device
+from ..cuda.paged import PagedLayer
+from ..cuda.solve import Queue
+from ..device_arrays import AnyArray, DeviceArray, is_on_gpu, view
+from ..problem import Scoring
+from .device_pages import DevicePagePool
+from .device_ring import DeviceLayer, DeviceRing
+from .layer import Layer
+from .place import CacheShape, Place, Pool
+
+__all__ = ["DevicePlace", "device_place"]
+
+
+@functools.cache
+def device_place(backend: str) -> DevicePlace:
+    """Return the place of caches with backend "cuda" (the first GPU) or "emulated"; the same one each time.
+
+    Raises:
+        RuntimeError: There is no GPU, or it is too old.
+    """
+    if backend == "cuda":
+        return DevicePlace(cuda_device(0))
+    return DevicePlace(EmulatedDevice(), one_at_a_time=True)
+
+
+class DevicePlace(Place):
+    """A device.
+
+    Args:
+        device: Which.
+        one_at_a_time: It may be used by one thread at a time.
+    """
+
+    def __init__(self, device: Device, *, one_at_a_time: bool = False) -> None:
+        self.device = device
+        self._alone: AbstractContextManager[Any] = threading.RLock() if one_at_a_time else nullcontext()
+
+    def open(self, shape: CacheShape) -> tuple[tuple[Pool, ...], list[Layer]]:
+        """Return the pool and the empty layers of a new cache of floats."""
+        if shape.quantizer is not None:
+            raise ValueError(f"dtype must be a float on {self.device.name}, got {shape.dtype.name}: use backend 'cpu'")
+        layout = shape.layout
+        kind = PagedLayer(shape.kv_heads, shape.head_dim, shape.dtype)
+        elements = 2 * shape.kv_heads * layout.page_size * self.stored_dim(shape.head_dim)
+        with self._alone, self.device.current():
+            pool = DevicePagePool(self.device, elements * shape.dtype.itemsize, shape.dtype)
+            return (pool,), [DeviceLayer(i, layout, DeviceRing(layout, pool, kind)) for i in range(shape.num_layers)]
+
+    def stored_dim(self, head_dim: int) -> int:
+        """Rows are padded to whole 16 bytes."""
+        return paged.padded(head_dim)
+
+    def view(self, array: Any, name: str) -> AnyArray:
+        """View an array in host memory, or on this device."""
+        if not is_on_gpu(array):
+            return as_numpy(array, name)
+        if not isinstance(self.device, CudaDevice):
+            raise ValueError(f"{name} must be in host memory for backend 'emulated', got an array on a GPU")
+        seen = view(array, name)
+        if isinstance(seen, DeviceArray) and seen.device not in (None, self.device.ordinal):
+            raise ValueError(
+                f"{name} must be on the cache's GPU, number {self.device.ordinal}, got number {seen.device}"
+            )
+        return seen
+
+    def option(self, value: Any) -> Any:
+        """Copy an array on the GPU to the host."""
+        if value is None or not is_on_gpu(value):
+            return value
+        with self._call({"option": value}, {}) as queue:
+            return queue.read(cast(DeviceArray, self.view(value, "option")))
+
+    def check_together(self, places: Sequence[Place]) -> None:
+        """See that all caches are on this device."""
+        for place in places:
+            if place is not self:
+                other = place.device.name if isinstance(place, DevicePlace) else "host memory"
+                raise ValueError(f"caches must all be on one device, got {self.device.name} and {other}")
+
+    def append(self, layer: Layer, k: AnyArray, v: AnyArray, given: Mapping[str, Any]) -> None:
+        """Append tokens."""
+        rings = [cast(DeviceLayer, layer).ring]
+        with self._call(given, {"k": k, "v": v}, rings) as queue, _changing(rings, k.shape[0], queue):
+            sequences = [ring.sequence(ring.length, queue) for ring in rings]
+            paged.step(queue, rings[0].kind, sequences, None, _batched(k), _batched(v), None, None)
+
+    def attend(self, layer: Layer, q: AnyArray, scoring: Scoring, given: Mapping[str, Any]) -> Any:
+        """Attend with the queries of a layer's last tokens."""
+        ring = cast(DeviceLayer, layer).ring
+        with self._call(given, {"q": q}, [ring]) as queue:
+            result = Result(queue, given["q"], q.shape, q.dtype)
+            out = cast(DeviceArray, _batched(result.array))
+            sequence = ring.sequence(ring.length - q.shape[0], queue)
+            paged.step(queue, ring.kind, [sequence], _batched(q), None, None, scoring, out)
+            return result.handed_over()
+
+    def step(
+        self, layers: Sequence[Layer], q: AnyArray, k: AnyArray, v: AnyArray, scoring: Scoring, given: Mapping[str, Any]
+    ) -> Any:
+        """Attend, then append."""
+        rings = [cast(DeviceLayer, layer).ring for layer in layers]
+        views = {"q": q, "k": k, "v": v}
+        with self._call(given, views, rings) as queue, _changing(rings, k.shape[-3], queue):
+            result = Result(queue, given["q"], q.shape, q.dtype)
+            out = cast(DeviceArray, _batched(result.array))
+            sequences = [ring.sequence(ring.length, queue) for ring in rings]
+            Q, K, V = (_batched(array) for array in (q, k, v))
+            paged.step(queue, rings[0].kind, sequences, Q, K, V, scoring, out)
+            return result.handed_over()
+
+    @contextmanager
+    def _call(
+        self, given: Mapping[str, Any], views: Mapping[str, AnyArray], rings: Sequence[DeviceRing] = ()
+    ) -> Iterator[Queue]:
+        """Order a call's work behind what its arrays and pages wait for."""
+        pools = {id(ring.pool): ring.pool for ring in rings}.values()
+        with self._alone, self.device.current():
+            stream = self.device.default_stream
+            if isinstance(self.device, CudaDevice):
+                on_gpu = [name for name, value in given.items() if is_on_gpu(value)]
+                leader = given[on_gpu[0]] if on_gpu else None
+                arrays = [array for array in views.values() if isinstance(array, DeviceArray)]
+                stream = caller_stream(self.device, leader, arrays)
+            for pool in pools:
+                pool.begin(stream)
+            try:
+                yield Queue(self.device, stream)
+            finally:
+                for pool in pools:
+                    pool.end(stream)
+
+
+@contextmanager
+def _changing(rings: Sequence[DeviceRing], tokens: int, queue: Queue) -> Iterator[None]:
+    """Give rings the pages of new tokens; they have the tokens when the body succeeds, and are as before if not."""
+    try:
+        for ring in rings:
+            ring.prepare(tokens, queue)
+        yield
+    except BaseException:
+        for ring in rings:
+            ring.discard()
+        raise
+    for ring in rings:
+        ring.commit(tokens)
+
+
+def _batched(array: AnyArray) -> AnyArray:
+    """Give (T, H, D) a first axis."""
+    if array.ndim == 4:
+        return array
+    if isinstance(array, DeviceArray):
+        return replace(array, shape=(1, *array.shape), strides=(0, *array.strides))
+    return array[None]

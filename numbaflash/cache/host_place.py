@@ -1,0 +1,84 @@
+"""Caches in host memory, computed by the CPU's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays import as_numpy, like
+from ..device_arrays import AnyArray
+from ..problem import FLOAT16, Scoring
+from .layer import FloatLayer, HostLayer, Layer
+from .layout import raw_layout
+from .pages import PagePool
+from .place import CacheShape, Place, Pool
+from .quantized import QuantizedLayer
+from .step import attend, step
+from .token_ring import TokenRing
+
+__all__ = ["HostPlace"]
+
+
+class HostPlace(Place):
+    """Host memory."""
+
+    def open(self, shape: CacheShape) -> tuple[tuple[Pool, ...], list[Layer]]:
+        """Return the pools and the empty layers of a new cache: quantized ones have a pool of codes as well."""
+        layout, quantizer = shape.layout, shape.quantizer
+        if quantizer is None:
+            pool = _page_pool(shape, shape.dtype)
+            return (pool,), [FloatLayer(i, layout, TokenRing(layout, pool)) for i in range(shape.num_layers)]
+        quantizer.check_model(shape.num_layers, shape.kv_heads, shape.head_dim)
+        page_format = quantizer.page_format(shape.dtype.name, shape.kv_heads, layout.page_size, shape.head_dim)
+        pool, codes = _page_pool(shape, FLOAT16), PagePool((page_format.page_nbytes,), np.dtype(np.uint8))
+        raw = raw_layout(layout)
+        return (pool, codes), [
+            QuantizedLayer(i, layout, TokenRing(raw, pool), page_format, codes, quantizer)
+            for i in range(shape.num_layers)
+        ]
+
+    def stored_dim(self, head_dim: int) -> int:
+        """Rows are not padded."""
+        return head_dim
+
+    def view(self, array: Any, name: str) -> NDArray[Any]:
+        """View an array in host memory."""
+        return as_numpy(array, name)
+
+    def option(self, value: Any) -> Any:
+        """Options must be in host memory already."""
+        return value
+
+    def check_together(self, places: Sequence[Place]) -> None:
+        """See that all caches are in host memory."""
+        if not all(isinstance(place, HostPlace) for place in places):
+            raise ValueError("caches must all have one backend, got 'cpu' and others")
+
+    def append(self, layer: Layer, k: AnyArray, v: AnyArray, given: Mapping[str, Any]) -> None:  # noqa: ARG002
+        """Append tokens."""
+        held = cast(HostLayer, layer)
+        held.write(held.prepare(cast(NDArray[Any], k), cast(NDArray[Any], v)))
+
+    def attend(self, layer: Layer, q: AnyArray, scoring: Scoring, given: Mapping[str, Any]) -> Any:
+        """Attend with the queries of a layer's last tokens."""
+        held, queries = cast(HostLayer, layer), cast(NDArray[Any], q)
+        none = np.empty((0, held.ring.kv_heads, held.ring.head_dim), held.ring.dtype)
+        start = held.length - len(queries)
+        return like(given["q"], attend([held], [start], queries[None], [held.prepare(none, none)], scoring)[0])
+
+    def step(
+        self, layers: Sequence[Layer], q: AnyArray, k: AnyArray, v: AnyArray, scoring: Scoring, given: Mapping[str, Any]
+    ) -> Any:
+        """Attend, then append."""
+        held = cast(Sequence[HostLayer], layers)
+        queries, keys, values = (cast(NDArray[Any], array) for array in (q, k, v))
+        if queries.ndim == 3:
+            return like(given["q"], step(held, queries[None], keys[None], values[None], scoring)[0])
+        return like(given["q"], step(held, queries, keys, values, scoring))
+
+
+def _page_pool(shape: CacheShape, dtype: np.dtype[Any]) -> PagePool:
+    return PagePool((2, shape.kv_heads, shape.layout.page_size, shape.head_dim), dtype)
