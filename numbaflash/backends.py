@@ -7,12 +7,10 @@ from typing import Any
 from .cuda.driver import has_usable_gpu
 from .device_arrays import is_on_gpu
 
-__all__ = ["BACKENDS", "CACHE_BACKENDS", "choose_backend"]
+__all__ = ["BACKENDS", "choose_backend"]
 
 BACKENDS = ("cuda", "cpu", "emulated")
-"""What `attention` runs on."""
-CACHE_BACKENDS = BACKENDS
-"""What `RingKVCache` lives on."""
+"""What `attention` runs on, and caches live on."""
 
 
 def choose_backend(backend: str | None, accepted: tuple[str, ...] = BACKENDS, *, array: Any = None) -> str:

@@ -49,6 +49,14 @@ class Bias(StrEnum):
     bool = "bool"
 
 
+class Backend(StrEnum):
+    """Where attention is computed."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+    emulated = "emulated"
+
+
 class KVDtype(StrEnum):
     """Storage dtypes of a session's cache."""
 
@@ -333,6 +341,9 @@ def demo(
     quantizer: Annotated[
         str | None, typer.Option(help="Of int8 and int4: group or hqq, with options as in hqq:group_size=32.")
     ] = None,
+    backend: Annotated[
+        Backend | None, typer.Option(help="Where the server that is started computes; default: as `serve`.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Let a real language model generate text through the service.
@@ -351,6 +362,7 @@ def demo(
             sink_tokens=sink_tokens,
             dtype=dtype.value,
             quantizer=quantizer,
+            backend=None if backend is None else backend.value,
             json=json,
         )
     except command.UsageError as error:

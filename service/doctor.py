@@ -16,7 +16,6 @@ import llvmlite.binding as llvm
 from rich.console import Console
 from rich.table import Table
 
-from numbaflash.backends import CACHE_BACKENDS, choose_backend
 from numbaflash.cpu.pool import thread_count
 from numbaflash.cuda.driver import find_gpus, find_usable_gpu
 
@@ -99,8 +98,7 @@ class Diagnosis:
         machine: processor and memory.
         gpus: the CUDA devices found.
         gpu_note: how the search for them went.
-        backend: the backend of `attention` when none is asked for.
-        cache_backend: that of the KV cache, and so of the service.
+        backend: the backend of `attention`, of caches and of the service when none is asked for.
         reason: why that one.
         missing: what could be installed.
     """
@@ -110,7 +108,6 @@ class Diagnosis:
     gpus: list[Gpu]
     gpu_note: str
     backend: str
-    cache_backend: str
     reason: str
     missing: list[Missing]
 
@@ -138,7 +135,6 @@ def diagnose() -> Diagnosis:
         gpus=[Gpu(gpu.name, "{}.{}".format(*gpu.compute_capability)) for gpu in gpus],
         gpu_note=gpu_note,
         backend="cpu" if gpu is None else "cuda",
-        cache_backend=choose_backend(None, CACHE_BACKENDS),
         reason=reason,
         missing=find_missing(),
     )
@@ -192,7 +188,6 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
     machine = diagnosis.machine
     facts = Table(title="This machine", title_justify="left", show_header=False)
     facts.add_row("Backend", f"[bold]{diagnosis.backend}[/bold]: {diagnosis.reason}")
-    facts.add_row("... of the cache", f"[bold]{diagnosis.cache_backend}[/bold], which the service uses as well")
     facts.add_row("CPU", f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads used")
     facts.add_row("Vector units", " ".join(machine.vector_features) or "none that the kernels know")
     facts.add_row("Memory", f"{machine.memory_gib} GiB")

@@ -352,6 +352,8 @@ class Engine:
     def _is_brief(self, step: Step) -> bool:
         """Whether to wake the engine's thread, which waits, would take longer than the step itself."""
         cache, form = step.cache, step.form
+        if cache.backend != "cpu":
+            return False
         token_bytes = 2 * cache.num_kv_heads * cache.head_dim * cache.dtype.itemsize
         tokens = min(step.position, cache.layout.window) + form.tokens
         return not self._batch_wait and form.tokens < self._small and tokens * token_bytes <= _BRIEF_BYTES

@@ -1,10 +1,22 @@
-"""The name of this machine's processor."""
+"""The names of what computes: this machine's processor, or its GPU."""
 
 from __future__ import annotations
 
 import platform
 from functools import cache
 from pathlib import Path
+
+from numbaflash.cuda.driver import find_usable_gpu
+
+
+def device_name(backend: str) -> str:
+    """Return the name of what a backend computes on."""
+    if backend == "cpu":
+        return processor_name()
+    if backend == "emulated":
+        return "emulator"
+    gpu, _ = find_usable_gpu()
+    return backend if gpu is None else gpu.name
 
 
 @cache

@@ -124,15 +124,15 @@ class RecordFile:
         """Close the file."""
         self._file.close()
 
-    def read(self, backend: str | None) -> tuple[RingKVCache, dict[int, Answer]]:
-        """Read cache and answers.
+    def read(self, backend: str) -> tuple[RingKVCache, dict[int, Answer]]:
+        """Read cache and answers, for a server with that backend.
 
         Raises:
             OSError: The file cannot be read.
             ValueError: A page is damaged.
             MemoryError: There is no room for the cache.
         """
-        cache = RingKVCache.load(self._file, backend=backend)
+        cache = RingKVCache.load(self._file, backend=self.record.shape.backend_of(backend))
         outs = self._file.attachments()
         answers = {
             int(layer): Answer(request_id, before, position, first, outs.get(layer))

@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 
 from numbaflash import RingKVCache
-from numbaflash.backends import CACHE_BACKENDS, choose_backend
+from numbaflash.backends import choose_backend
 from numbaflash.cache.page_format import BITS
 from numbaflash.cpu import SPLIT_KV_MAX_TOKENS
 
@@ -39,7 +39,7 @@ from .memory import Memory, Thresholds
 from .metrics import Gauges, Metrics
 from .observe import Observer
 from .principals import Principal, Principals, Quota, TokenBucket
-from .processor import processor_name
+from .processor import device_name
 from .replay import Answers
 from .replies import encode_answer
 from .sessions import Session, SessionTable, Shape
@@ -71,7 +71,7 @@ class AttentionServicer:
     def __init__(self, config: ServeConfig, authenticator: Authenticator, tracing: Tracing | None) -> None:
         self._config = config
         self._observer = Observer(SERVICE, tracing, steps=config.log_level == "debug")
-        self._backend = choose_backend(config.backend, CACHE_BACKENDS)
+        self._backend = choose_backend(config.backend)
         self.metrics = Metrics(small=MIN_PREFILL_TOKENS)
         self._spill, self._snapshots = folders(config)
         self._table = SessionTable(config.kv_memory, config.max_sessions)
@@ -195,7 +195,7 @@ class AttentionServicer:
 
     def identity(self) -> dict[str, str]:
         """Say what serves."""
-        return {"version": version("numbaflash"), "backend": self._backend, "device": processor_name()}
+        return {"version": version("numbaflash"), "backend": self._backend, "device": device_name(self._backend)}
 
     def sessions(self) -> Iterator[Session]:
         """Return the sessions that live, of all callers."""

@@ -75,8 +75,12 @@ class Shape:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes that the cache can come to, its bookkeeping included; exact however large (Python's integers)."""
-        one = layer_nbytes(self.num_kv_heads, self.head_dim, self._layout, self.dtype, self.quantizer or None)
+        """Bytes that the cache can come to, its bookkeeping included; exact however large (Python's integers).
+
+        Pages of floats on a device have rows of whole 16 bytes.
+        """
+        stored = self.head_dim if self.quantizer else -(-self.head_dim // 8) * 8
+        one = layer_nbytes(self.num_kv_heads, stored, self._layout, self.dtype, self.quantizer or None)
         return self.num_layers * (one.total + (one.pages + one.raw_pages) * _PAGE_OVERHEAD) + _SESSION_OVERHEAD
 
     def first_visible(self, length: int) -> int:
@@ -89,8 +93,12 @@ class Shape:
             capacity=self.capacity, sink_tokens=self.sink_tokens, page_size=self.page_size, rollback=self.rollback
         )
 
-    def new_cache(self, backend: str | None, channel_scales: NDArray[np.float32] | None = None) -> RingKVCache:
-        """Make the empty cache; `channel_scales` are of quantizer awq."""
+    def backend_of(self, backend: str) -> str:
+        """Return where the cache of a server with that backend lives: kernels of devices take floats alone."""
+        return "cpu" if self.quantizer else backend
+
+    def new_cache(self, backend: str, channel_scales: NDArray[np.float32] | None = None) -> RingKVCache:
+        """Make the empty cache of a server with that backend; `channel_scales` are of quantizer awq."""
         return RingKVCache(
             self.num_layers,
             self.num_kv_heads,
@@ -101,7 +109,7 @@ class Shape:
             quantizer=quantizer_of(self.quantizer, channel_scales) if self.quantizer else None,
             page_size=self.page_size,
             rollback=self.rollback,
-            backend=backend,
+            backend=self.backend_of(backend),
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from numpy.typing import DTypeLike, NDArray
 
-from ..backends import CACHE_BACKENDS, choose_backend
+from ..backends import BACKENDS, choose_backend
 from ..problem import MAX_HEAD_DIM, check_dtype, describe_scoring
 from . import files
 from .arguments import check_kv, check_q, choose_quantizer, int_in, ring_layout, storage_dtype
@@ -85,7 +85,7 @@ class RingKVCache:
         self.dtype = storage_dtype(dtype)
         self.quantizer = choose_quantizer(self.dtype, quantizer)
         # Kernels of devices take floats alone.
-        accepted = CACHE_BACKENDS if backend is not None or self.quantizer is None else ("cpu",)
+        accepted = BACKENDS if backend is not None or self.quantizer is None else ("cpu",)
         self.backend = choose_backend(backend, accepted)
         self._place = _place_of(self.backend)
         self.pools, layers = self._place.open(self._shape())

@@ -57,6 +57,7 @@ class Options:
         sink_tokens: first tokens that a window never drops.
         dtype: of the keys and values in the cache.
         quantizer: of int8 and int4; None is "group".
+        backend: of the server that is started; None lets it choose.
     """
 
     prompt: str
@@ -68,9 +69,12 @@ class Options:
     sink_tokens: int
     dtype: str
     quantizer: str | None
+    backend: str | None = None
 
     def __post_init__(self) -> None:
         """Check the options against each other; the command line has checked each by itself."""
+        if self.backend is not None and self.target is not None:
+            raise UsageError("--backend is of the server that the demo starts, and does not go with --target")
         if self.window is not None and self.window <= self.sink_tokens:
             raise UsageError(f"--window must be greater than --sink-tokens ({self.sink_tokens}), got {self.window}")
         if self.quantizer is not None:
@@ -142,7 +146,7 @@ def prepare(asked: Options, stack: ExitStack, say: Progress) -> Stage:
     """
     if asked.target is None:
         say("Starting the service")
-        process = stack.enter_context(ServiceProcess())
+        process = stack.enter_context(ServiceProcess(asked.backend))
         target = process.target
     else:
         say(f"Connecting to {asked.target}")

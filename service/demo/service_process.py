@@ -28,15 +28,21 @@ class ServiceProcess:
 
     SIGTERM raises SystemExit while it runs, so that it is not left behind. To be used on the main thread.
 
+    Args:
+        backend: of `numbaflash serve`; None lets it choose.
+
     Attributes:
         target: its address.
     """
+
+    def __init__(self, backend: str | None = None) -> None:
+        self._arguments = [] if backend is None else ["--backend", backend]
 
     def __enter__(self) -> ServiceProcess:
         self._folder = tempfile.TemporaryDirectory(prefix="numbaflash-")
         self.target = f"unix:{self._folder.name}/socket"
         self._log = Path(self._folder.name, "log")
-        arguments = ["serve", "--listen", self.target, "--log-level", "warning"]
+        arguments = ["serve", "--listen", self.target, "--log-level", "warning", *self._arguments]
         with self._log.open("wb") as log:
             self._process: subprocess.Popen[Any] = subprocess.Popen(
                 [sys.executable, "-c", "from numbaflash_service.cli import main; main()", *arguments],

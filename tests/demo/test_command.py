@@ -94,12 +94,21 @@ def test_text_is_streamed_and_summed_up_through_a_given_server() -> None:
         (["--dtype", "int3"], "--dtype"),
         (["--kv-dtype", "int4", "--quantizer", "nonsense"], "--quantizer"),
         (["--quantizer", "hqq"], "--quantizer"),
+        (["--backend", "emulated", "--target", "127.0.0.1:1"], "--backend"),
     ],
 )
 def test_bad_usage_is_status_2_and_names_the_option(arguments: list[str], says: str) -> None:
     done = demo(*arguments)
     assert done.returncode == 2
     assert says in done.stderr
+
+
+@pytest.mark.slow  # each layer of each token on the emulator: 10 s
+def test_the_kernels_for_gpus_generate_what_the_cpu_does() -> None:
+    arguments = ["--raw", "--prompt", "One two", "--max-new-tokens", "3", "--json"]
+    on_the_cpu, emulated = (json.loads(demo(*arguments, "--backend", name).stdout) for name in ("cpu", "emulated"))
+    assert (on_the_cpu["backend"], emulated["backend"]) == ("cpu", "emulated")
+    assert emulated["new_ids"] == on_the_cpu["new_ids"]
 
 
 @pytest.mark.slow  # loads the model: 3 s each

@@ -1,4 +1,4 @@
-"""The same calls on `RingKVCache` and on a session give the same bits, whatever the calls."""
+"""The same calls on `RingKVCache` and on a session give the same bits, whatever the calls, on every backend."""
 
 from __future__ import annotations
 
@@ -38,18 +38,34 @@ CALLS = st.lists(
 )
 
 
+RINGS = {
+    "calls": CALLS,
+    "capacity": st.sampled_from([5, 33, 64]),
+    "sink_tokens": st.integers(0, 4),
+    "page_size": st.sampled_from([8, 64]),
+    "stream": st.booleans(),
+}
+
+
 @settings(max_examples=60, deadline=None)
 @given(
-    calls=CALLS,
-    capacity=st.sampled_from([5, 33, 64]),
-    sink_tokens=st.integers(0, 4),
-    page_size=st.sampled_from([8, 64]),
+    **RINGS,
     storage=st.sampled_from([*sorted(wire.DTYPES), "int8", "int4"]),
     dtype=st.sampled_from(sorted(wire.DTYPES)),
-    stream=st.booleans(),
 )
-def test_a_session_is_a_ring_kv_cache(
-    shared_client: Client,
+def test_a_session_is_a_ring_kv_cache(shared_client: Client, **drawn: Any) -> None:
+    check_that_a_session_is_a_cache(shared_client, "cpu", **drawn)
+
+
+@settings(max_examples=8, deadline=None)  # the emulator takes 20 ms and more for a step
+@given(**RINGS, storage=st.sampled_from(["float32", "int8"]))
+def test_a_session_of_a_device_is_a_ring_kv_cache_there(emulated_client: Client, **drawn: Any) -> None:
+    check_that_a_session_is_a_cache(emulated_client, "emulated", dtype="float32", **drawn)
+
+
+def check_that_a_session_is_a_cache(
+    client: Client,
+    backend: str,
     calls: list[dict[str, Any]],
     capacity: int,
     sink_tokens: int,
@@ -59,10 +75,11 @@ def test_a_session_is_a_ring_kv_cache(
     stream: bool,
 ) -> None:
     shape = {"capacity": capacity, "sink_tokens": sink_tokens, "dtype": storage, "page_size": page_size}
-    cache = numbaflash.RingKVCache(2, 2, 32, **shape)
+    # Devices take floats alone; the server knows.
+    cache = numbaflash.RingKVCache(2, 2, 32, **shape, backend="cpu" if storage == "int8" else backend)
     rng = np.random.default_rng(0)
     with contextlib.ExitStack() as forks:
-        session = forks.enter_context(shared_client.create_session(2, 2, 32, **shape, stream=stream))
+        session = forks.enter_context(client.create_session(2, 2, 32, **shape, stream=stream))
         for call in calls:
             layer, tokens, options = call["layer"], call["tokens"], call["options"]
             q, k, v = (rng.standard_normal((tokens, heads, 32)).astype(wire.DTYPES[dtype]) for heads in (4, 2, 2))
@@ -105,6 +122,12 @@ def compare(session: Any, cache: Any, layer: int, call: Any) -> None:
 @pytest.fixture(scope="module")
 def shared_client(server: Any) -> Any:
     with Client(server.target) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def emulated_client(start_module_server: Any) -> Any:
+    with Client(start_module_server(backend="emulated").target) as client:
         yield client
 
 
