@@ -94,30 +94,24 @@ def test_a_fork_copies_a_page_only_when_one_side_writes_to_it(rng):
 
 
 def test_pages_are_out_of_few_allocations_and_never_more_than_all_rings_take(monkeypatch, rng):
-    taken = []
-    allocate = device_module.EmulatedDevice.allocate
-    cache = numbaflash.RingKVCache(4, 2, 8, **SHAPE, backend="emulated")
-    (pool,) = cache.pools
+    slabs = []
+    grow = DevicePagePool._grow
 
-    def watch(device, nbytes, stream=None):
-        taken.append(nbytes)
-        return allocate(device, nbytes, stream)
-
-    for count in (1, 20, 50):
-        for layer in range(4):
-            if layer == 0:
-                monkeypatch.setattr(DevicePagePool, "_grow", grow_watched(taken, DevicePagePool._grow))
-            cache.append(layer, *tokens_of(rng, count)[1:])
-    assert len(taken) <= 6
-    assert pool.reserved_nbytes <= cache.max_nbytes == cache.nbytes == pool.nbytes
-
-
-def grow_watched(taken, grow):
-    def watched(pool, missing, stream):
-        taken.append(missing)
+    def watch(pool, missing, stream):
+        slabs.append(missing)
         grow(pool, missing, stream)
 
-    return watched
+    monkeypatch.setattr(DevicePagePool, "_grow", watch)
+    cache = numbaflash.RingKVCache(4, 2, 8, **SHAPE, backend="emulated")
+    (pool,) = cache.pools
+    for count in (1, 20, 50):
+        for layer in range(4):
+            cache.append(layer, *tokens_of(rng, count)[1:])
+
+    pages = pool.nbytes // pool.page_nbytes
+    assert pages == 20
+    assert len(slabs) <= 6  # each as large as all before: 1, 1, 2, 4, 8 and the rest
+    assert pool.reserved_nbytes <= cache.max_nbytes == cache.nbytes == pool.nbytes
 
 
 def test_pages_that_another_cache_gave_back_are_zeros(rng):
