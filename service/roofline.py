@@ -85,6 +85,8 @@ def _work_table(shape: Shape, hardware: Hardware, work: Sequence[Workload]) -> T
     table = Table(
         title=f"One layer on {hardware.name}: {_sizes(shape)}",
         title_justify="left",
+        caption="attention: every tile comes from memory, none from an L2",
+        caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )

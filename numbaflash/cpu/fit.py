@@ -1,7 +1,9 @@
 """Compiled loops of the quantizers: codes from scales and offsets, and better scales and offsets from codes.
 
 Groups lie side by side, (batch, size, groups): the inner loops run over groups and become vector code, and no sum is
-reassociated. An element is scale * code + offset, codes being 0 to `top`.
+reassociated. They index slices, by the loop's own variable: an index that is computed could be negative, which Python
+counts from the end, and what could count from the end is no vector load. An element is scale * code + offset, codes
+being 0 to `top`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from .jit import kernel
 __all__ = ["all_finite", "encode", "half_quadratic"]
 
 _LANES = 64  # groups that are worked on together; their state fits into L1
-_LARGEST_GROUP = 256  # tokens of a page, or elements of a token
 
 
 @kernel
@@ -28,7 +29,7 @@ def all_finite(halves):
 
 @kernel
 def encode(x, scales, offsets, top, codes, errors):
-    """Write the codes nearest to `x`, and the largest error in each group.
+    """Write the codes nearest to `x`, and the squared error of each group.
 
     Args:
         x: (batch, size, groups) float32.
@@ -36,24 +37,26 @@ def encode(x, scales, offsets, top, codes, errors):
         offsets: (batch, groups) float32.
         top: Largest code, a float32.
         codes: (batch, size, groups) uint8, written.
-        errors: (batch, groups) float32, the sum of squared errors, written.
+        errors: (batch, groups) float32, written.
     """
-    inverse = np.empty(_LANES, np.float32)
+    zero = np.float32(0)
+    state = np.empty((2, _LANES), np.float32)
+    inverse, total = state[0], state[1]
     for b in range(x.shape[0]):
         for first in range(0, x.shape[2], _LANES):
             lanes = min(_LANES, x.shape[2] - first)
+            scale, offset = scales[b, first : first + lanes], offsets[b, first : first + lanes]
             for g in range(lanes):
-                scale = scales[b, first + g]
-                inverse[g] = np.float32(1) / scale if scale > 0 else np.float32(0)
-                errors[b, first + g] = np.float32(0)
+                inverse[g] = np.float32(1) / scale[g] if scale[g] > 0 else zero
+                total[g] = zero
             for i in range(x.shape[1]):
+                values, written = x[b, i, first : first + lanes], codes[b, i, first : first + lanes]
                 for g in range(lanes):
-                    value, scale, offset = x[b, i, first + g], scales[b, first + g], offsets[b, first + g]
-                    code = np.rint((value - offset) * inverse[g])
-                    code = min(max(code, np.float32(0)), top)
-                    codes[b, i, first + g] = np.uint8(code)
-                    error = value - (scale * code + offset)
-                    errors[b, first + g] += error * error
+                    code = min(max(np.rint((values[g] - offset[g]) * inverse[g]), zero), top)
+                    written[g] = np.uint8(np.int32(code))  # by way of 32 bits, for which there is a vector instruction
+                    error = values[g] - (scale[g] * code + offset[g])
+                    total[g] += error * error
+            errors[b, first : first + lanes] = total[:lanes]
 
 
 @kernel
@@ -81,32 +84,30 @@ def half_quadratic(x, scales, offsets, top, middle, symmetric, rounds):
     for b in range(x.shape[0]):
         for first in range(0, x.shape[2], _LANES):
             lanes = min(_LANES, x.shape[2] - first)
-            step[:lanes] = scales[b, first : first + lanes]
+            scale, offset = scales[b, first : first + lanes], offsets[b, first : first + lanes]
+            step[:lanes] = np.maximum(scale, np.float32(1e-30))
             # HQQ's own schedule: a tenth of a step's |e|^(p - 1) at first, five percent less each turn.
             strength = np.float32(0.1)
             for _ in range(rounds):
                 for g in range(lanes):
-                    scale = scales[b, first + g]
-                    inverse[g] = np.float32(1) / scale if scale > 0 else zero
+                    inverse[g] = np.float32(1) / scale[g] if scale[g] > 0 else zero
                     count_c[g] = count_t[g] = count_cc[g] = count_ct[g] = zero
                 for i in range(x.shape[1]):
+                    values = x[b, i, first : first + lanes]
                     for g in range(lanes):
-                        value, scale, offset = x[b, i, first + g], scales[b, first + g], offsets[b, first + g]
-                        code = min(max(np.rint((value - offset) * inverse[g]), zero), top)
-                        error = value - (scale * code + offset)
-                        size_of_error = max(abs(error) / max(step[g], np.float32(1e-30)), np.float32(1e-6))
+                        code = min(max(np.rint((values[g] - offset[g]) * inverse[g]), zero), top)
+                        error = values[g] - (scale[g] * code + offset[g])
+                        size_of_error = max(abs(error) / step[g], np.float32(1e-6))
                         kept = max(size_of_error - strength / np.sqrt(size_of_error), zero) / size_of_error
-                        target = value - error * kept
+                        target = values[g] - error * kept
                         code -= middle
                         count_c[g] += code
                         count_t[g] += target
                         count_cc[g] += code * code
                         count_ct[g] += code * target
                 for g in range(lanes):
-                    scale = scales[b, first + g]
                     if symmetric:
                         slope = count_ct[g] / max(count_cc[g], np.float32(1e-30))
-                        scale = slope if slope > 0 else scale
-                    scales[b, first + g] = scale
-                    offsets[b, first + g] = -middle * scale if symmetric else (count_t[g] - scale * count_c[g]) / size
+                        scale[g] = slope if slope > 0 else scale[g]
+                    offset[g] = -middle * scale[g] if symmetric else (count_t[g] - scale[g] * count_c[g]) / size
                 strength *= np.float32(0.95)
