@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from numbaflash.benchmark import Row, decode_rows, prefill_rows
+from numbaflash.hardware import measure_this_machine
 from numbaflash.user_cache import cache_directory
 
 from .doctor import examine_machine
@@ -31,7 +32,7 @@ def run(*, json: bool = False, quick: bool = False) -> None:
     machine, today = examine_machine(), date.today().isoformat()
     console = Console()
     measured = list(rows) if json else _shown_as_they_come(rows, console)
-    result: dict[str, Any] = {"machine": asdict(machine), "date": today}
+    result: dict[str, Any] = {"machine": asdict(machine), "date": today, "hardware": asdict(measure_this_machine())}
     result["rows"] = [asdict(row) | {"name": row.name, "flops": row.flops} for row in measured]
     if json:
         print(dumps(result))

@@ -44,9 +44,8 @@ def run(
     if plot is not None:
         from . import roofline_plot  # matplotlib is an extra
 
-        roofs = list(dict.fromkeys([*known[: 1 if measure else 0], *chosen]))
         measured = roofline_plot.read_benchmark(bench)
-        roofline_plot.save(plot, roofline_plot.draw(f"One layer: {_sizes(shape)}", roofs, work, measured))
+        roofline_plot.save(plot, roofline_plot.draw(f"One layer: {_sizes(shape)}", chosen, work, measured))
     if json:
         print(dumps(_as_json(shape, known, chosen, work)))
         return

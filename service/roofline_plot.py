@@ -39,11 +39,13 @@ class Measured:
     Attributes:
         machine: Its processor.
         date: When.
+        roof: What that machine could do then.
         points: (operator, dtype, FLOP/byte, FLOP/s) each.
     """
 
     machine: str
     date: str
+    roof: Hardware
     points: Sequence[tuple[str, str, float, float]]
 
 
@@ -60,7 +62,7 @@ def read_benchmark(path: Path | None) -> Measured | None:
     try:
         result: dict[str, Any] = loads(source.read_text())
         points = [(row["operator"], row["dtype"], row["intensity"], row["flops"]) for row in result["rows"]]
-        return Measured(result["machine"]["cpu"], result["date"], points)
+        return Measured(result["machine"]["cpu"], result["date"], Hardware(**result["hardware"]), points)
     except (JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"bench must be what `numbaflash bench --json` prints; {source} is not ({error!r})") from None
 
@@ -78,7 +80,9 @@ def save(path: Path, figure: Figure) -> None:
 
 
 def draw(title: str, hardware: Sequence[Hardware], work: Sequence[Workload], measured: Measured | None) -> Figure:
-    """Draw the roofs of hardware, workloads, and what was measured."""
+    """Draw the roofs of hardware, workloads, and what was measured under the roof that was measured with it."""
+    if measured is not None:
+        hardware = [measured.roof, *(one for one in hardware if one.name != measured.roof.name)]
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(11, 9.5), layout="constrained")
         figure.suptitle(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from numbaflash import RingKVCache
 from numbaflash.cuda.traffic import flash_v1_bytes, flash_v2_bytes, standard_bytes
-from numbaflash.hardware import GPUS, Hardware, find_hardware, measure_this_machine
+from numbaflash.hardware import GPUS, THIS_MACHINE, Hardware, find_hardware, measure_this_machine
 from numbaflash.roofline import Shape, Workload, conclusion, decode, prefill, projection, scores, workloads
 from numbaflash_service import bench
 from numbaflash_service.cli import app
@@ -155,12 +156,16 @@ def test_what_there_is_not_is_bad_usage(arguments: list[str], says: str) -> None
     assert says in said(result)
 
 
+MACHINE = Hardware(THIS_MACHINE, 3e11, 5e10, 1 << 34)
+
+
 def benchmark_result(path: Path) -> Path:
     rows = [
         {"operator": "prefill", "dtype": "float16", "intensity": 512.0, "flops": 2e11},
         {"operator": "decode GQA 32/8", "dtype": "bfloat16", "intensity": 4.0, "flops": 4e10},
     ]
-    path.write_text(json.dumps({"machine": {"cpu": "Some CPU"}, "date": "2026-11-25", "rows": rows}))
+    result = {"machine": {"cpu": "Some CPU"}, "date": "2026-11-25", "hardware": asdict(MACHINE), "rows": rows}
+    path.write_text(json.dumps(result))
     return path
 
 
@@ -208,11 +213,13 @@ def test_the_last_benchmark_is_kept_for_the_drawing(monkeypatch: pytest.MonkeyPa
     row = bench.Row("decode GQA 32/8", "float16", "pages", 4.0, "GB/s", 10.0, "plain read", 20.0, 0.5)
     monkeypatch.setattr(bench, "prefill_rows", lambda _: iter(()))
     monkeypatch.setattr(bench, "decode_rows", lambda _: iter((row,)))
+    monkeypatch.setattr(bench, "measure_this_machine", lambda: MACHINE)
     printed = CliRunner().invoke(app, ["bench", "--json"])
     assert json.loads(printed.output) == json.loads(bench.last_result().read_text())
     measured = read_benchmark(None)
     assert measured is not None
     assert measured.points == [("decode GQA 32/8", "float16", 4.0, 4e10)]
+    assert measured.roof == MACHINE
 
 
 def test_a_benchmark_that_cannot_be_kept_is_printed_all_the_same(
@@ -222,6 +229,7 @@ def test_a_benchmark_that_cannot_be_kept_is_printed_all_the_same(
     monkeypatch.setenv("NUMBAFLASH_CACHE_DIR", str(tmp_path / "file"))
     monkeypatch.setattr(bench, "prefill_rows", lambda _: iter(()))
     monkeypatch.setattr(bench, "decode_rows", lambda _: iter(()))
+    monkeypatch.setattr(bench, "measure_this_machine", lambda: MACHINE)
     printed = CliRunner().invoke(app, ["bench", "--json"])
     assert printed.exit_code == 0
     assert json.loads(printed.stdout)["rows"] == []
