@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from benchmarks.gpu_day.__main__ import main, run_apart
+from benchmarks.gpu_day.checks import summary_of
 from benchmarks.gpu_day.parts import PARTS, Part
 from benchmarks.gpu_day.profile import rows_of
 from benchmarks.gpu_day.report import markdown
@@ -53,3 +54,9 @@ def test_what_ncu_prints_is_read_by_name():
     )
     assert (row["kernel"], row["time"], row["registers"]) == ("flash_v2", "12.5 us", "244 register/thread")
     assert row["bank_conflicts"] == ""
+
+
+def test_the_last_word_of_compute_sanitizer_is_found():
+    said = "========= COMPUTE-SANITIZER\nv2: off by 1e-4\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors)\n"
+    assert summary_of(said) == "RACECHECK SUMMARY: 0 hazards displayed (0 errors)"
+    assert summary_of("no such tool") == "no such tool"

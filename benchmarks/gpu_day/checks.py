@@ -17,7 +17,7 @@ from numbaflash.cuda.tools import find_tool
 from .parts import Row
 
 _ROOT = Path(__file__).parents[2]
-_TESTS = [f"tests/cuda/test_{name}.py" for name in ("flash_v2", "flash_v1", "standard")]
+_TESTS = [f"tests/cuda/test_{name}.py" for name in ("flash_v2", "flash_v2_laws", "flash_v1", "standard")]
 
 
 def kernel_tests(emulated: bool) -> Iterator[Row]:
@@ -57,10 +57,15 @@ def sanitize(emulated: bool) -> Iterator[Row]:
         command = [tool, "--tool", check, "--error-exitcode", "9", *program, "cuda"]
         done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
         print(done.stdout, done.stderr)
-        summary = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY.*)", done.stdout)
         yield {
             "tool": check,
             "problems": done.stdout.count("off by"),
             "found": "nothing" if done.returncode == 0 else f"exit status {done.returncode}",
-            "said": summary[-1] if summary else done.stdout[-300:],
+            "said": summary_of(done.stdout),
         }
+
+
+def summary_of(printed: str) -> str:
+    """Return compute-sanitizer's last word, or the end of what was printed where it said none."""
+    said = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY.*)", printed)
+    return said[-1] if said else printed[-300:]

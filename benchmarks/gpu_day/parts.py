@@ -46,7 +46,7 @@ PARTS = (
     Part("ceilings", "ceilings:measure_ceilings", 30),
     Part("prefill", "prefill:beside_pytorch", 120),
     Part("algorithms", "prefill:algorithms", 45),
-    Part("sanitizer", "checks:sanitize", 60),
+    Part("sanitizer", "checks:sanitize", 90),
     Part("profile", "profile:profile_kernels", 45),
 )
 """Worst come to worst they take more than a run may; then the last ones get what is left."""

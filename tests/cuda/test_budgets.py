@@ -66,9 +66,9 @@ def test_fragments_are_loaded_for_two_mmas_each(scoring):
     assert pipe_cycles(loop, AMPERE)["smem"] / tensor_instructions(loop) <= 5.25
 
 
-def spilled(head_dim, scoring, dtype="bfloat16"):
+def spilled(head_dim, scoring, dtype="bfloat16", cc=AMPERE):
     variant = Variant(head_dim, head_dim, dtype, scoring, sinks=True, lengths=True, lse=True)
-    return build(FlashV2.of(variant, AMPERE), AMPERE).usage.spill_bytes
+    return build(FlashV2.of(variant, cc), cc).usage.spill_bytes
 
 
 @pytest.mark.parametrize("scoring", [PLAIN, CAUSAL, EVERY_OPTION, Scoring(bias="bool", right=True)])
@@ -89,6 +89,11 @@ def test_nothing_is_spilled(head_dim, scoring):
 )
 def test_nothing_is_spilled_where_registers_are_scarce(head_dim, scoring, dtype):
     assert spilled(head_dim, scoring, dtype) == 0
+
+
+@pytest.mark.parametrize(("head_dim", "scoring"), [(64, Scoring(softcap=True)), (128, EVERY_OPTION)])
+def test_nothing_is_spilled_in_the_order_of_loads_of_9_0(head_dim, scoring):
+    assert spilled(head_dim, scoring, cc=(9, 0)) == 0
 
 
 OPTIONS = [
