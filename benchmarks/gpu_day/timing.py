@@ -68,7 +68,7 @@ class Clock:
                 self.stream.synchronize()
                 warm_up = self._round(contender, calls, fills=1)
             except Exception as error:  # whatever it is, the others go on
-                results[name] = error
+                results[name] = error.with_traceback(None)  # whose frames keep arrays alive
                 continue
             samples[name] = []
             fills[name] = min(100, math.ceil(1.5 * calls * warm_up[1] / self._fill_seconds))

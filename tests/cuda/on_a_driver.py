@@ -11,12 +11,14 @@ import threading
 import types
 
 import cuda.core
+import flash
 import numpy as np
 import pytest
 from cuda.core.utils import StridedMemoryView
 from numba import cuda as numba_cuda
 
 import numbaflash
+from benchmarks.gpu_day.timing import Clock
 from numbaflash import device_arrays
 from numbaflash.backends import choose_backend
 from numbaflash.cuda import gpu
@@ -172,6 +174,25 @@ def test_any_library_with_dlpack_gets_its_own_arrays_back(calls):
     host = queue.read(device_arrays.view(out, "out"))
     assert host.shape == tuple(found.shape)
     np.testing.assert_array_equal(host, numbaflash.attention(*problem(), backend="emulated"))
+
+
+def test_the_tests_of_kernels_and_the_clock_of_benchmarks_use_the_device(calls):
+    q, k, v = problem()
+    out, lse = flash.solved(q, k, v)
+    want, want_lse = numbaflash.attention(q, k, v, return_lse=True, backend="emulated")
+    np.testing.assert_array_equal(out, want)
+    np.testing.assert_array_equal(lse, want_lse)
+    assert "launch" in names(calls)
+    calls.clear()
+
+    def fails(_call):
+        raise RuntimeError("no such backend")
+
+    clock = Clock(gpu.cuda_device(0), 1 << 12)
+    measured = clock.measure({"nothing": lambda _call: None, "fails": fails}, calls=2, rounds=3)
+    assert measured["nothing"].device == pytest.approx(2.5e-3 / 2)
+    assert str(measured["fails"]) == "no such backend"
+    assert "fill" in names(calls)
 
 
 def test_too_large_an_array_is_a_memory_error_and_leaves_nothing_behind(calls):
