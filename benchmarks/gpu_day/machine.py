@@ -22,7 +22,8 @@ _GPU_FACTS = "name,driver_version,memory.total,clocks.max.sm,clocks.max.memory,p
 def describe_machine(emulated: bool) -> Iterator[Row]:
     """Yield facts, the GPU's name first."""
     gpu, note = find_usable_gpu()
-    yield {"what": "GPU", "value": "emulated" if emulated else gpu.name if gpu else note}
+    yield {"what": "GPU", "value": "emulated" if emulated else gpu.name if gpu else "none"}
+    yield {"what": "found", "value": note}
     if gpu:
         yield {"what": "compute capability", "value": "{}.{}".format(*gpu.compute_capability)}
     if smi := find_tool("nvidia-smi"):

@@ -1,8 +1,8 @@
 """Tile shapes per head dim and compute capability, each with its reason.
 
 What limits a shape: registers (255 a thread; with 32 query rows a warp, O takes head_dim of them and S takes as many as
-the block has keys), shared memory (163 KiB a block on 8.0, 227 on 9.0, 99 on 8.6 and 8.9), and the shared-memory pipe:
-16 query rows a warp read each fragment of K and V for half as many MMAs, 9.3 cycles of that pipe per HMMA's 8.
+the block has keys), shared memory (163 KiB a block on 8.0, 227 on 9.0, 99 on 8.6, 8.9 and 12.0), and the shared-memory
+pipe: 16 query rows a warp read each fragment of K and V for half as many MMAs, 9.3 cycles of that pipe per HMMA's 8.
 
 Shares of tensor peak are the issue model's (`issue_model`: the resident warps, float16, the loop as it runs when no
 maximum is raised), which ranks kernels and is no measurement. On 9.0 they are of what mma.sync can reach, 0.63 of the
@@ -56,13 +56,13 @@ def tile_shape(
     Args:
         head_dim: Elements of a query and a key.
         value_dim: Elements of a value.
-        cc: Compute capability; 8.6 and 8.9 have less shared memory than 8.0 and 9.0.
+        cc: Compute capability; 8.6, 8.9 and 12.x have less shared memory than 8.0 and 9.0.
         float32: Elements are float32, not of 16 bits.
         scored: A score is more than scale * q.k (`Scoring.in_log2_units`), which takes registers.
         biased: A bias is among it: loads under way take more of them.
     """
     widest = max(head_dim, value_dim)
-    little, hopper = cc in ((8, 6), (8, 9)), cc >= (9, 0)
+    little, hopper = cc in ((8, 6), (8, 9)) or cc[0] == 12, cc == (9, 0)
     if float32:
         return _float32_shape(widest, little)
     if widest <= 64:

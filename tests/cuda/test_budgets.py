@@ -18,7 +18,7 @@ PLAIN = Scoring()
 HOT = [(128, PLAIN), (128, CAUSAL), (64, PLAIN), (64, CAUSAL)]
 EVERY_OPTION = Scoring(scaled=True, softcap=True, alibi=True, bias="float32", left=True, right=True)
 # Shared memory that a block may have, KiB.
-SHARED = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227}
+SHARED = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (12, 0): 99}
 
 
 def loop_of(head_dim, scoring):
