@@ -22,7 +22,17 @@ _TESTS = [f"tests/cuda/test_{name}.py" for name in ("flash_v2", "flash_v2_laws",
 
 def kernel_tests(emulated: bool) -> Iterator[Row]:
     """Run the tests that compare kernels with the float64 oracle; they choose a GPU where there is one."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *_TESTS]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow and not exhaustive",
+        *_TESTS,
+    ]
     # Other versions of packages may warn of other things; that is not what is tested here.
     command += ["-o", "filterwarnings=default"]
     if emulated:
