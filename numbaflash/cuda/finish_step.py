@@ -16,13 +16,11 @@ from numba.cuda import types
 
 from . import ptx
 from .paged_keys import RECORD
-from .row_elements import RowShare, itemsize, load_elements, store_elements
+from .row_elements import IN_ORDER, PIECE, halved, itemsize, load_elements, store_elements
 from .softmax import LOG2_E, NOTHING_SEEN
+from .tile import CHUNK
 
-__all__ = ["FINISH_PARAMETERS", "PIECE", "FinishStep"]
-
-PIECE = 8
-"""Elements that a thread merges or appends."""
+__all__ = ["FINISH_PARAMETERS", "FinishStep"]
 
 FINISH_PARAMETERS = {
     # As the decode kernels' of the same names.
@@ -74,9 +72,8 @@ class FinishStep:
         ROW_BYTES, STEP_BYTES = self.head_dim * itemsize(self.dtype), itemsize(self.step_dtype)
         PAGE_BYTES = itemsize(self.dtype)
         NOTHING = float32(NOTHING_SEEN)
-        piece_of_row = RowShare(PIECE, PIECE)
-        load_partial, load_step = (load_elements(piece_of_row, dtype) for dtype in ("float32", self.step_dtype))
-        store_out, store_page = (store_elements(piece_of_row, dtype) for dtype in (self.step_dtype, self.dtype))
+        load_partial, load_step = load_elements(halved(D), "float32"), load_elements(IN_ORDER, self.step_dtype)
+        store_out, store_page = (store_elements(IN_ORDER, dtype) for dtype in (self.step_dtype, self.dtype))
 
         @cuda.jit(device=True, inline="always")  # a call would make Numba ask for a GPU
         def merge(first_partial, splits, at, column, partials, partial_sums, sink, total_rows, O, part):
@@ -92,7 +89,7 @@ class FinishStep:
                 row = int64(first_partial + split) * total_rows + at
                 weight = ptx.exp2(ptx.load_global_f32(partial_sums + 8 * row) - top)
                 total += weight * ptx.load_global_f32(partial_sums + 8 * row + 4)
-                load_partial(partials + (row * D + column) * 4, part)
+                load_partial(partials + row * D * 4 + column // PIECE * CHUNK, part)
                 for i in range(PIECE):
                     O[i] += weight * part[i]
             scale = float32(1) / total if total > float32(0) or total != total else float32(0)

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from numbaflash.device_arrays import DeviceArray
 from numbaflash.problem import FLOAT32, Scoring
 
-from .finish_step import FINISH_PARAMETERS, PIECE, FinishStep
+from .finish_step import FINISH_PARAMETERS, FinishStep
 from .paged_keys import ITEM, RECORD
 from .parameters import numpy_arguments, score_factors
+from .row_elements import PIECE
 from .solve import Queue
 from .splits import split_keys
 from .vector_decode import DECODE_PARAMETERS, DecodeVariant, VectorDecode

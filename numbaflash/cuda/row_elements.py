@@ -16,7 +16,7 @@ from . import ptx
 from .ptx import B32, B64, F32, device_intrinsic
 from .tile import CHUNK, Registers
 
-__all__ = ["RowShare", "itemsize", "load_elements", "round_elements", "store_elements"]
+__all__ = ["IN_ORDER", "PIECE", "RowShare", "halved", "itemsize", "load_elements", "round_elements", "store_elements"]
 
 
 def itemsize(dtype: str) -> int:
@@ -29,27 +29,24 @@ class RowShare:
     """What a lane has of a row.
 
     Attributes:
-        columns: Elements of the row; a multiple of 8.
-        chunk: Successive elements that a lane has: 16 bytes of the dtype that is read most.
+        chunks: Chunks of the row.
+        chunk: Successive elements of a chunk.
+        lanes: Lanes that share the row.
     """
 
-    columns: int
+    chunks: int
     chunk: int
+    lanes: int
 
     @classmethod
     def of(cls, columns: int, dtype: str) -> RowShare:
-        """Return how rows of a dtype are shared."""
-        return cls(columns, CHUNK // itemsize(dtype))
+        """Return how lanes of a warp share a row of a dtype, a chunk being 16 bytes.
 
-    @property
-    def chunks(self) -> int:
-        """Chunks of the row."""
-        return self.columns // self.chunk
-
-    @property
-    def lanes(self) -> int:
-        """Lanes that share a row: a power of two, so that a warp has whole rows and sums over them by butterflies."""
-        return min(32, 1 << (self.chunks - 1).bit_length())
+        The lanes are a power of two, so that a warp has whole rows, and sums over them by butterflies.
+        """
+        chunk = CHUNK // itemsize(dtype)
+        chunks = columns // chunk
+        return cls(chunks, chunk, min(32, 1 << (chunks - 1).bit_length()))
 
     @property
     def chunks_each(self) -> int:
@@ -66,9 +63,19 @@ class RowShare:
         """Every lane has as many chunks as the others, so that none need ask whether its own exist."""
         return self.chunks == self.lanes * self.chunks_each
 
-    def column(self, element: int) -> int:
-        """Return how far right of the lane's first element its element number `element` lies."""
-        return element // self.chunk * self.lanes * self.chunk + element % self.chunk
+
+PIECE = 8
+"""Successive elements of a row that a thread has where it does not share the row with a group of lanes."""
+IN_ORDER = RowShare(1, PIECE, 1)
+"""A thread's piece."""
+
+
+def halved(columns: int) -> RowShare:
+    """Return a thread's piece of a float32 row that has the second halves of all pieces behind the first ones.
+
+    In order, a piece would be two accesses, each of which leaves out every other 16 bytes of what the warp touches.
+    """
+    return RowShare(2 * columns // PIECE, PIECE // 2, columns // PIECE)
 
 
 def load_elements(share: RowShare, dtype: str) -> Any:

@@ -22,10 +22,19 @@ from numba.cuda import types
 
 from numbaflash.problem import Scoring
 
-from . import ptx
+from . import ptx, tile
 from .lane_groups import merge_lane_groups, sum_lanes
 from .paged_keys import ITEM, RECORD, Rows, key_address, list_keys
-from .row_elements import RowShare, itemsize, load_elements, round_elements, store_elements
+from .row_elements import (
+    IN_ORDER,
+    PIECE,
+    RowShare,
+    halved,
+    itemsize,
+    load_elements,
+    round_elements,
+    store_elements,
+)
 from .softmax import LOG2_E, NOTHING_SEEN
 
 __all__ = ["DecodeVariant", "VectorDecode"]
@@ -142,12 +151,11 @@ class VectorDecode:
             round_elements(share, variant.dtype), list_keys(), key_address(ROW_BYTES),
         )  # fmt: skip
         sum_group, merge_groups = sum_lanes(LANES), merge_lane_groups(LANES, R, E)
-        OUT_SHARE = RowShare(8, 8)
-        store_out, store_partial = store_elements(OUT_SHARE, variant.step_dtype), store_elements(OUT_SHARE, "float32")
+        store_out, store_partial = store_elements(IN_ORDER, variant.step_dtype), store_elements(halved(D), "float32")
         STEP_BYTES, RECORD_BYTES, ITEM_BYTES, THREADS = (
             itemsize(variant.step_dtype), RECORD.itemsize, ITEM.itemsize, self.threads
         )  # fmt: skip
-        PIECES = R * D // 8
+        PIECES, PIECE_CHUNK = R * D // PIECE, tile.CHUNK
 
         def vector_decode(
             q, k, v, out, records, items, partials, partial_sums, slopes, sinks,
@@ -250,10 +258,10 @@ class VectorDecode:
             cuda.syncthreads()
             piece = thread
             partial = int64(ptx.load_global_b32(item + 12))
-            P = cuda.local.array(8, float32)
+            P = cuda.local.array(PIECE, float32)
             while piece < PIECES:
-                r = piece // (D // 8)
-                column = (piece - r * (D // 8)) * 8
+                r = piece // (D // PIECE)
+                column = (piece - r * (D // PIECE)) * PIECE
                 row = first_row + r
                 if row <= last_row:
                     token = row // group
@@ -262,16 +270,16 @@ class VectorDecode:
                     for w in range(1, _WARPS):
                         top = ptx.maximum(top, m_shared[w * R + r])
                     total = float32(0)
-                    for i in range(8):
+                    for i in range(PIECE):
                         P[i] = float32(0)
                     for w in range(_WARPS):
                         faded = ptx.exp2(m_shared[w * R + r] - top)
                         total += l_shared[w * R + r] * faded
-                        for i in range(8):
+                        for i in range(PIECE):
                             P[i] += O_shared[(w * R + r) * D + column + i] * faded
                     if partial >= 0:
                         at = (partial * tokens + token) * q_heads + head
-                        store_partial(partials + (at * D + column) * 4, P)
+                        store_partial(partials + at * D * 4 + column // PIECE * PIECE_CHUNK, P)
                         if column == 0:
                             ptx.store_global_f32(partial_sums + 8 * at, top)
                             ptx.store_global_f32(partial_sums + 8 * at + 4, total)
@@ -283,7 +291,7 @@ class VectorDecode:
                             scale = ptx.exp2(top - highest)
                             total = total * scale + ptx.exp2(sink - highest)
                         scale = scale / total if total > float32(0) or total != total else float32(0)
-                        for i in range(8):
+                        for i in range(PIECE):
                             P[i] *= scale
                         store_out(
                             out + sequence * out_batch + token * out_token + head * out_head + column * STEP_BYTES, P
