@@ -5,19 +5,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import settings
 
 settings.register_profile("thorough", max_examples=2000, stateful_step_count=100)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps the tests of a file in one process (`-n 2 --dist loadgroup`): they share servers, and builds of kernels.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keeps the tests of a file in one process (`pytest -n 2`): they share servers and builds of kernels."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    The demo's share the language model, and its download.
-    """
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            together = item.path.parent if item.path.parent.name == "demo" else item.path
-            item.add_marker(pytest.mark.xdist_group(together.name))
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            if "tests/demo/" in file:  # these share the language model, and its download
+                return "demo"
+            # Builds, which share nothing: one by one, and since large files go first, they fill the gaps at the end.
+            return nodeid if file.endswith("test_budgets.py") else file
+
+    return ByFile(config, log)

@@ -123,7 +123,7 @@ def scarce(head_dim, scoring, dtype):
 
 
 EVERY_BUILD = [
-    pytest.param(head_dim, scoring, dtype, marks=pytest.mark.xdist_group(f"spills {dtype} {head_dim % 16}"))
+    (head_dim, scoring, dtype)
     for dtype in ("float16", "float32")
     for head_dim in range(8, 129, 8)
     for scoring in OPTIONS
@@ -131,9 +131,7 @@ EVERY_BUILD = [
 
 
 @pytest.mark.slow  # 116 builds of a second and a half
-@pytest.mark.parametrize(
-    ("head_dim", "scoring", "dtype"), [build for build in EVERY_BUILD if scarce(*build.values)], ids=str
-)
+@pytest.mark.parametrize(("head_dim", "scoring", "dtype"), [build for build in EVERY_BUILD if scarce(*build)], ids=str)
 def test_no_head_dim_up_to_128_spills_where_registers_are_scarce(head_dim, scoring, dtype):
     assert spilled(head_dim, scoring, dtype) == 0
 
