@@ -78,9 +78,9 @@ def list_seen_runs(
         keys: Address of the first new token's key,
         k_token: stride of tokens, in bytes,
         k_head: and of heads.
-        values: Of values, like the next two.
-        v_token: ...
-        v_head: ...
+        values: Of the first new token's value,
+        v_token: stride of tokens,
+        v_head: and of heads.
         table: Address of `KVRuns.table`.
         parameters: Address of `Codes.parameters`.
 
