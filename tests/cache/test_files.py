@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
-import re
 import struct
 from dataclasses import replace
 
@@ -99,13 +99,13 @@ def test_a_file_with_any_byte_changed_never_gives_other_tokens(tmp_path_factory,
     place = data.draw(st.integers(0, len(content) - 1))
     content[place] ^= data.draw(st.integers(1, 255))
     path.write_bytes(content)
-    try:
-        loaded = numbaflash.RingKVCache.load(path)
-    except ValueError as error:
-        assert re.search(r"is damaged|holds no|has version", str(error))
-    else:  # a tab for a space between the header's words changes nothing
-        assert content[place] in b" \t\n\r"
-        np.testing.assert_array_equal(loaded._layers[0].ring.read(0, 9), cache._layers[0].ring.read(0, 9))
+    if content[place] in b"\t\n\r":  # for a space between the header's words: that changes nothing
+        with contextlib.suppress(ValueError):
+            loaded = numbaflash.RingKVCache.load(path)
+            np.testing.assert_array_equal(loaded._layers[0].ring.read(0, 9), cache._layers[0].ring.read(0, 9))
+        return
+    with pytest.raises(ValueError, match=r"is damaged|holds no|has version"):
+        numbaflash.RingKVCache.load(path)
 
 
 def test_the_safetensors_library_reads_it(tmp_path):
