@@ -8,19 +8,23 @@ from typing import Any
 from .parts import Row
 from .timing import Clock, Timing, clock
 
-__all__ = ["matrix_tflops", "measure_ceilings", "torch_on"]
+__all__ = ["copy_gbytes", "matrix_tflops", "measure_ceilings", "torch_on"]
 
 
 def measure_ceilings(emulated: bool) -> Iterator[Row]:
     """Yield the rate of a matrix product in each dtype, and of a copy, bytes read and written."""
-    torch = torch_on(emulated)
     ticking = clock(emulated)
     for dtype in ("float16", "bfloat16", "float32"):
         yield {"what": f"matrix product, {dtype}", "rate": matrix_tflops(ticking, dtype, emulated), "unit": "TFLOP/s"}
+    yield {"what": "copy", "rate": copy_gbytes(ticking, emulated), "unit": "GB/s"}
+
+
+def copy_gbytes(ticking: Clock, emulated: bool) -> float:
+    """Measure a copy within the device's memory: bytes read and written a second, 1e9 of them."""
+    torch = torch_on(emulated)
     nbytes = 1 << (12 if emulated else 30)
     source, target = (torch.ones(nbytes, dtype=torch.uint8, device=place(emulated)) for _ in range(2))
-    copied = ticking.measure({"copy": lambda _: target.copy_(source)})["copy"]
-    yield {"what": "copy", "rate": 2e-9 * nbytes / _seconds(copied), "unit": "GB/s"}
+    return 2e-9 * nbytes / _seconds(ticking.measure({"copy": lambda _: target.copy_(source)})["copy"])
 
 
 def matrix_tflops(ticking: Clock, dtype: str, emulated: bool) -> float:

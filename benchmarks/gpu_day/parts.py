@@ -45,6 +45,7 @@ PARTS = (
     Part("tests", "checks:kernel_tests", 110),
     Part("ceilings", "ceilings:measure_ceilings", 30),
     Part("prefill", "prefill:beside_pytorch", 120),
+    Part("decode", "decode:beside_a_copy", 90),
     Part("algorithms", "prefill:algorithms", 45),
     Part("sanitizer", "checks:sanitize", 90),
     Part("profile", "profile:profile_kernels", 45),
