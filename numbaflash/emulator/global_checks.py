@@ -205,7 +205,7 @@ def global_read(
         mark = block + 1
         for granule in range(at >> s.shift, (at + size - 1 >> s.shift) + 1):
             writer = s.writer[granule]
-            if strong_ones or writer not in (_NOBODY, mark):
+            if (strong_ones and s.strong_writer[granule]) or writer not in (_NOBODY, mark):
                 racing = _racing_writer(s, granule, block, strong)
                 if racing:
                     return READ_AFTER_WRITE, i, racing - 1

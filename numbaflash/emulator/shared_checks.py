@@ -188,7 +188,9 @@ def shared_read(
                 if s.initialized:
                     return UNINITIALIZED, i, -1
             if s.races:
-                if strong_ones or not _settled(s.writer[granule], floor, thread, converged[i]):
+                if (strong_ones and s.strong_writer[granule]) or not _settled(
+                    s.writer[granule], floor, thread, converged[i]
+                ):
                     racing = _racing_writer(s, granule, block, thread, floor, converged[i], strong)
                     if racing:
                         return READ_AFTER_WRITE, i, racing & _THREAD
@@ -257,11 +259,13 @@ def shared_write(
                 return UNINITIALIZED, i, -1
             if s.races:
                 if not same:
-                    if strong_ones or not _settled(s.writer[granule], floor, thread, converged[i]):
+                    if (strong_ones and s.strong_writer[granule]) or not _settled(
+                        s.writer[granule], floor, thread, converged[i]
+                    ):
                         racing = _racing_writer(s, granule, block, thread, floor, converged[i], strong)
                         if racing:
                             return WRITE_AFTER_WRITE, i, racing & _THREAD
-                    settled = not strong_ones
+                    settled = not strong_ones or s.strong_reader[granule] == 0
                     for slot in range(s.readers.shape[1]):
                         settled = settled and _settled(s.readers[granule, slot], floor, thread, converged[i])
                     racing = 0 if settled else _racing_reader(s, granule, block, thread, floor, converged[i], strong)
