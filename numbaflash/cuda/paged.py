@@ -17,13 +17,15 @@ from numpy.typing import NDArray
 from numbaflash.device_arrays import DeviceArray
 from numbaflash.problem import FLOAT32, Scoring
 
+from .decode_variant import DECODE_PARAMETERS, DecodeVariant
 from .finish_step import FINISH_PARAMETERS, FinishStep
 from .paged_keys import ITEM, RECORD
 from .parameters import numpy_arguments, score_factors
 from .row_elements import PIECE
 from .solve import Queue
 from .splits import split_keys
-from .vector_decode import DECODE_PARAMETERS, DecodeVariant, VectorDecode
+from .tensor_decode import TensorDecode
+from .vector_decode import VectorDecode
 
 __all__ = ["MAX_POSITION", "Layout", "PagedLayer", "PagedSequence", "padded", "step"]
 
@@ -175,7 +177,7 @@ class _Call:
         queue, layer = self.queue, self.layer
         q_heads = q.shape[2]
         rows = self.tokens * (q_heads // layer.kv_heads)
-        kernel = VectorDecode.of(DecodeVariant.of(self.width, layer.dtype, q.dtype, scoring, self.tokens), rows)
+        kernel = _kernel(DecodeVariant.of(self.width, layer.dtype, q.dtype, scoring, self.tokens), rows)
         row_blocks = -(-rows // kernel.rows)
         items = self._split(rows, layer.kv_heads * row_blocks)
         split = self.records["splits"] > 1
@@ -242,6 +244,17 @@ class _Call:
             ]
             partials += splits if splits > 1 else 0
         return np.array(items, ITEM)
+
+
+def _kernel(variant: DecodeVariant, rows: int) -> VectorDecode | TensorDecode:
+    """Choose the kernel for so many query rows of a KV head.
+
+    Tensor cores take 16 rows at the price of one, and 16-bit numbers of one dtype. One row is memory's to bound on CUDA
+    cores as well, which compute no empty rows beside it.
+    """
+    if rows > 1 and variant.dtype == variant.step_dtype != "float32":
+        return TensorDecode.of(variant, rows)
+    return VectorDecode.of(variant, rows)
 
 
 def _of(tail: _Tail | None) -> dict[str, DeviceArray | None]:

@@ -151,12 +151,12 @@ def update_maxima(builder: ir.IRBuilder, warp: WarpTile, scores: Registers, maxi
             maxima[row] = ptx.maximum.emit(builder, maxima[row], score) if column else score
 
 
-def add_weighted_values(warp: WarpTile, values: SharedTile, beside: RowCopy) -> Any:
+def add_weighted_values(warp: WarpTile, values: SharedTile, beside: RowCopy | None) -> Any:
     """Return a device function that computes P = exp2(scale S - m), O += P V and l += row sums of P for a warp.
 
     P never leaves the registers: as the lanes hold S, rounded and packed in pairs, they hold the A operand of the
     second product. The weights of 16 keys are made while the MMAs of the 16 before are under way, for the tensor cores
-    and the exponential's unit work side by side; the copy `beside` is started on the way.
+    and the exponential's unit work side by side; the copy `beside` is started on the way, where there is one.
 
     Its arguments: the lane's address in V's tile, the scores, scale * log2(e), the row maxima m in the same units, the
     lane's share of the row sums, O, and the arguments of the copy.
@@ -205,7 +205,7 @@ def add_weighted_values(warp: WarpTile, values: SharedTile, beside: RowCopy) -> 
         for block in range(blocks):
             coming = weigh(block + 1) if block + 1 < blocks else iter(())
             for pair in range(pairs):
-                if block * pairs + pair == PV_COPY_AFTER:
+                if beside and block * pairs + pair == PV_COPY_AFTER:
                     source = beside.emit(builder, copied)
                 for at in islice(waiting, 1):
                     load_values(*at)
@@ -219,9 +219,12 @@ def add_weighted_values(warp: WarpTile, values: SharedTile, beside: RowCopy) -> 
                 pass
         row_sum.store()
         out.store()
-        return source
+        return source if beside else None
 
-    return device_intrinsic(emit, [B32.numba, None, F32.numba, None, None, None, *RowCopy.ARGUMENTS], B64.numba)
+    own = [B32.numba, None, F32.numba, None, None, None]
+    if beside is None:
+        return device_intrinsic(emit, own, types.void)
+    return device_intrinsic(emit, [*own, *RowCopy.ARGUMENTS], B64.numba)
 
 
 def multiply_values(warp: WarpTile, weights: SharedTile, values: SharedTile) -> Any:

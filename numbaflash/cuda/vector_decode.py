@@ -16,83 +16,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numba import cuda, float32, int32, int64
 from numba.cuda import types
 
-from numbaflash.problem import Scoring
-
-from . import ptx, tile
+from . import ptx
+from .block_result import BlockPlace, BlockResult
+from .decode_variant import DECODE_PARAMETERS, DecodeVariant
 from .lane_groups import merge_lane_groups, sum_lanes
 from .paged_keys import ITEM, RECORD, Rows, key_address, list_keys
-from .row_elements import (
-    IN_ORDER,
-    PIECE,
-    RowShare,
-    halved,
-    itemsize,
-    load_elements,
-    round_elements,
-    store_elements,
-)
+from .row_elements import RowShare, itemsize, load_elements, round_elements
 from .softmax import LOG2_E, NOTHING_SEEN
 
-__all__ = ["DecodeVariant", "VectorDecode"]
+__all__ = ["MAX_ROWS", "VectorDecode"]
 
 _WARPS = 4
 MAX_ROWS = 8
 """Rows of a block: at a head dim of 256, q and O of 8 take 128 registers."""
-
-
-@dataclass(frozen=True)
-class DecodeVariant:
-    """What a decode kernel is specialised for.
-
-    Attributes:
-        head_dim: Elements of a query, a key and a value, padded to a multiple of 8.
-        dtype: Of the pages.
-        step_dtype: Of the queries, of the step's own keys and values, and of the output.
-        masked: There are several tokens, so that not every row sees every key.
-        softcap: s -> softcap * tanh(s / softcap).
-        alibi: s -> s - slope * |query position - key position|.
-        sinks: Each head has a sink logit.
-    """
-
-    head_dim: int
-    dtype: str
-    step_dtype: str
-    masked: bool = False
-    softcap: bool = False
-    alibi: bool = False
-    sinks: bool = False
-
-    @classmethod
-    def of(
-        cls, head_dim: int, dtype: np.dtype[Any], step_dtype: np.dtype[Any], scoring: Scoring, tokens: int
-    ) -> DecodeVariant:
-        """Return the variant for steps of so many tokens; head_dim is padded."""
-        return cls(
-            head_dim,
-            dtype.name,
-            step_dtype.name,
-            masked=tokens > 1,
-            softcap=scoring.softcap > 0,
-            alibi=scoring.alibi_slopes is not None,
-            sinks=scoring.sink_logits is not None,
-        )
-
-
-DECODE_PARAMETERS = {
-    # Addresses. q and out are (sequence, token, head, dim), k and v likewise with KV heads; strides in bytes.
-    **dict.fromkeys(("q", "k", "v", "out", "records", "items", "partials", "partial_sums", "slopes", "sinks"), int64),
-    **dict.fromkeys(("q_batch", "q_token", "q_head", "k_batch", "k_token", "k_head"), int64),
-    **dict.fromkeys(("v_batch", "v_token", "v_head", "out_batch", "out_token", "out_head"), int64),
-    **dict.fromkeys(("tokens", "q_heads", "kv_heads", "group"), int32),
-    # As `scoring.score_pairs` takes them.
-    **dict.fromkeys(("factor", "cap"), float32),
-}
-"""Name and type of a decode kernel's parameters, in order. `partials` is (partial, token, head, dim) float32 and
-`partial_sums` (partial, token, head, 2): the row maximum in log2 units and the sum of weights."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +50,6 @@ class VectorDecode:
     rows: int
 
     threads = 32 * _WARPS
-    shared_bytes = 0
 
     @classmethod
     def of(cls, variant: DecodeVariant, rows: int) -> VectorDecode:
@@ -122,6 +60,16 @@ class VectorDecode:
     def blocks(self) -> int:
         """Blocks per multiprocessor that registers must suffice for."""
         return 4 if self.rows * self.share.elements <= 16 else 3 if self.rows * self.share.elements <= 32 else 2
+
+    @property
+    def result(self) -> BlockResult:
+        """How the warps' results meet."""
+        return BlockResult(_WARPS, self.rows, self.variant.head_dim)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return self.result.nbytes
 
     @property
     def share(self) -> RowShare:
@@ -144,18 +92,17 @@ class VectorDecode:
         ROW_BYTES, CHUNK_BYTES = D * itemsize(variant.dtype), CHUNK * itemsize(variant.dtype)
         STEP_CHUNK_BYTES = CHUNK * itemsize(variant.step_dtype)
         KEYS = 32 * _WARPS // LANES
-        OUT, SHARED, SUMS = R * E, _WARPS * R * D, _WARPS * R
+        OUT = R * E
+        result = self.result
+        PITCH, SUMS = result.pitch, result.sums
         LOG2, NOTHING = float32(LOG2_E), float32(NOTHING_SEEN)
         load, load_step, round_step, list_block, address_of = (
             load_elements(share, variant.dtype), load_elements(share, variant.step_dtype),
             round_elements(share, variant.dtype), list_keys(), key_address(ROW_BYTES),
         )  # fmt: skip
         sum_group, merge_groups = sum_lanes(LANES), merge_lane_groups(LANES, R, E)
-        store_out, store_partial = store_elements(IN_ORDER, variant.step_dtype), store_elements(halved(D), "float32")
-        STEP_BYTES, RECORD_BYTES, ITEM_BYTES, THREADS = (
-            itemsize(variant.step_dtype), RECORD.itemsize, ITEM.itemsize, self.threads
-        )  # fmt: skip
-        PIECES, PIECE_CHUNK = R * D // PIECE, tile.CHUNK
+        write_rows = result.write(self.threads, variant.step_dtype, sinks=SINKS)
+        RECORD_BYTES, ITEM_BYTES = RECORD.itemsize, ITEM.itemsize
 
         def vector_decode(
             q, k, v, out, records, items, partials, partial_sums, slopes, sinks,
@@ -244,58 +191,21 @@ class VectorDecode:
 
             # The groups of a warp, by shuffles; then the warps, through shared memory.
             merge_groups(m, l, O)
-            O_shared = cuda.shared.array(SHARED, float32)
-            m_shared, l_shared = cuda.shared.array(SUMS, float32), cuda.shared.array(SUMS, float32)
+            shared = cuda.shared.array(0, float32)
             if (thread & 31) < LANES:
                 for r in range(R):
                     if exists:
                         for i in range(E):
                             column = i // CHUNK * (LANES * CHUNK) + own * CHUNK + i % CHUNK
                             if column < D:
-                                O_shared[(warp * R + r) * D + column] = O[r * E + i]
+                                shared[(warp * R + r) * PITCH + column] = O[r * E + i]
                     if own == 0:
-                        m_shared[warp * R + r], l_shared[warp * R + r] = m[r], l[r]
+                        shared[SUMS + 2 * (warp * R + r)] = m[r]
+                        shared[SUMS + 2 * (warp * R + r) + 1] = l[r]
             cuda.syncthreads()
-            piece = thread
-            partial = int64(ptx.load_global_b32(item + 12))
-            P = cuda.local.array(PIECE, float32)
-            while piece < PIECES:
-                r = piece // (D // PIECE)
-                column = (piece - r * (D // PIECE)) * PIECE
-                row = first_row + r
-                if row <= last_row:
-                    token = row // group
-                    head = kv_head * group + row - token * group
-                    top = m_shared[r]
-                    for w in range(1, _WARPS):
-                        top = ptx.maximum(top, m_shared[w * R + r])
-                    total = float32(0)
-                    for i in range(PIECE):
-                        P[i] = float32(0)
-                    for w in range(_WARPS):
-                        faded = ptx.exp2(m_shared[w * R + r] - top)
-                        total += l_shared[w * R + r] * faded
-                        for i in range(PIECE):
-                            P[i] += O_shared[(w * R + r) * D + column + i] * faded
-                    if partial >= 0:
-                        at = (partial * tokens + token) * q_heads + head
-                        store_partial(partials + at * D * 4 + column // PIECE * PIECE_CHUNK, P)
-                        if column == 0:
-                            ptx.store_global_f32(partial_sums + 8 * at, top)
-                            ptx.store_global_f32(partial_sums + 8 * at + 4, total)
-                    else:
-                        scale = float32(1)
-                        if SINKS:
-                            sink = ptx.load_global_f32(sinks + 4 * int64(head)) * LOG2
-                            highest = ptx.maximum(top, sink)
-                            scale = ptx.exp2(top - highest)
-                            total = total * scale + ptx.exp2(sink - highest)
-                        scale = scale / total if total > float32(0) or total != total else float32(0)
-                        for i in range(PIECE):
-                            P[i] *= scale
-                        store_out(
-                            out + sequence * out_batch + token * out_token + head * out_head + column * STEP_BYTES, P
-                        )
-                piece += THREADS
+            place = BlockPlace(
+                sequence, int64(ptx.load_global_b32(item + 12)), kv_head, group, first_row, last_row, tokens, q_heads
+            )  # fmt: skip
+            write_rows(shared, place, out, out_batch, out_token, out_head, partials, partial_sums, sinks)
 
         return vector_decode

@@ -1,0 +1,256 @@
+"""Split-KV decode on tensor cores: the query heads that share a KV head are the rows of one product.
+
+A block computes 16, 32 or 64 query rows of one KV head over one share of the keys, 64 of them at a time. With 16 rows
+each of its four warps takes 16 keys of a tile, with 64 each takes 16 rows: so keys and values are read once for all of
+them ("Flash-Decoding", Dao et al., 2023; rows packed by group as in FlashInfer). A warp visits its part of a tile as in
+FlashAttention-2:
+
+    S = Q K^T;  m, P, l = online softmax(S);  O = rescaled O + P V
+
+and warps that share rows merge what they have at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from numba import cuda, float32, int32, int64
+from numba.cuda import types
+
+from . import fragments, products, ptx, softmax
+from .block_result import BlockPlace, BlockResult
+from .decode_variant import DECODE_PARAMETERS, DecodeVariant
+from .paged_keys import ITEM, RECORD, Rows, key_address, list_keys
+from .products import WarpTile
+from .softmax import LOG2_E, NOTHING_SEEN
+from .tile import CHUNK, RowCopy, SharedTile, at_chunk
+from .tile import Rows as CopiedRows
+
+__all__ = ["TensorDecode"]
+
+_WARPS = 4
+_KEYS = 64
+
+
+@dataclass(frozen=True)
+class TensorDecode:
+    """The kernel, and how it is launched: grid (items, kv heads, row blocks).
+
+    Rows of q, out and the step's k and v are aligned to 16 bytes and padded to a multiple of 8 elements, as pages are.
+    Nothing that it reads is written by the launch. Every item has at least one key for some row of its sequence.
+
+    Attributes:
+        variant: What it is specialised for; pages and steps have one dtype, float16 or bfloat16.
+        row_warps: Warps side by side along the rows: 1, 2 or 4; the others share their rows.
+    """
+
+    variant: DecodeVariant
+    row_warps: int
+
+    threads = 32 * _WARPS
+    blocks = 2
+
+    @classmethod
+    def of(cls, variant: DecodeVariant, rows: int) -> TensorDecode:
+        """Return the kernel for so many query rows of a KV head."""
+        return cls(variant, 1 if rows <= 16 else 2 if rows <= 32 else 4)
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a block."""
+        return 16 * self.row_warps
+
+    @property
+    def result(self) -> BlockResult:
+        """How the warps' results meet."""
+        return BlockResult(_WARPS // self.row_warps, self.rows, self.variant.head_dim)
+
+    @cached_property
+    def tiles(self) -> tuple[SharedTile, SharedTile, SharedTile]:
+        """Tiles of Q, K and V in shared memory."""
+        q = SharedTile(0, self.rows, self.variant.head_dim, 2)
+        k = SharedTile(q.end, _KEYS, self.variant.head_dim, 2)
+        return q, k, SharedTile(k.end, _KEYS, self.variant.head_dim, 2)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block: tiles, and then the results in their place."""
+        return max(self.tiles[2].end, self.result.nbytes)
+
+    @property
+    def signature(self) -> Any:
+        """Numba's signature of the kernel."""
+        return types.void(*DECODE_PARAMETERS.values())
+
+    def kernel(self) -> Callable[..., None]:
+        """Return the kernel, for Numba to compile with `signature`."""
+        variant = self.variant
+        MASKED, SOFTCAP, ALIBI, SINKS = variant.masked, variant.softcap, variant.alibi, variant.sinks
+        SCORED = variant.softcap or variant.alibi or variant.scaled
+        D, ROWS, KEY_WARPS = variant.head_dim, self.rows, _WARPS // self.row_warps
+        TILE, KEYS = _KEYS, _KEYS // KEY_WARPS
+        warp = WarpTile(
+            row_tiles=1,
+            keys=KEYS,
+            head_dim=-(-D // 16) * 16,
+            value_dim=-(-D // 16) * 16,
+            bfloat16=variant.dtype == "bfloat16",
+            k_ahead=2,
+            v_ahead=2,
+            copy_after=0,
+        )
+        SCORES, OUTPUTS, COLUMNS = warp.keys // 2, warp.value_dim // 2, warp.keys // 4
+        Q_tile, K_tile, V_tile = self.tiles
+        copy = RowCopy(K_tile, self.threads, CopiedRows.SOME)
+        LANES, AT_ONCE, CHUNKS, PITCH_CHUNKS = copy.lanes, copy.rows_at_once, D * 2 // CHUNK, K_tile.pitch // CHUNK
+        K_STEPS, Q_STEPS = TILE // AT_ONCE, -(-ROWS // AT_ONCE)
+        Q_chunk, K_chunk, V_chunk = at_chunk(Q_tile), at_chunk(K_tile), at_chunk(V_tile)
+        score_keys = products.score_keys(warp, Q_tile, K_tile, None, find_maxima=False)
+        add_weighted_values = products.add_weighted_values(warp, V_tile, None)
+        lane_maxima, outgrown, raise_maxima = (
+            make(warp) for make in (softmax.lane_maxima, softmax.outgrown, softmax.raise_maxima)
+        )
+        total_rows = fragments.total_rows(2)
+        list_block, address_of = list_keys(), key_address(D * 2)
+        result = self.result
+        PITCH, SUMS = result.pitch, result.sums
+        write_rows = result.write(self.threads, variant.step_dtype, sinks=SINKS)
+        LOG2, NOTHING, HIDDEN = float32(LOG2_E), float32(NOTHING_SEEN), float32(float("-inf"))
+        RECORD_BYTES, ITEM_BYTES, ROW_BYTES = RECORD.itemsize, ITEM.itemsize, D * 2
+
+        @cuda.jit(device=True, inline="always")  # a call would make Numba ask for a GPU
+        def copy_chunks(to, source, exists, lane_chunk):
+            """Starts to copy the thread's chunks of a row; zeros where it does not exist, and behind its end."""
+            for along in range(0, PITCH_CHUNKS, LANES):
+                nbytes = CHUNK if exists and lane_chunk + along < CHUNKS else 0
+                ptx.cp_async_16(to + along * CHUNK, source + (lane_chunk + along) * CHUNK, nbytes)
+
+        def copy_tile(chunk: Any) -> Any:
+            """Return the copy of a tile of keys, or of values."""
+
+            @cuda.jit(device=True, inline="always")
+            def start(shared, keys, first, end, kv_head, behind_key, tail, token_stride):
+                thread = ptx.thread_x()
+                row, lane_chunk = thread // LANES, thread % LANES
+                for i in range(K_STEPS):
+                    number = int32(first + row + i * AT_ONCE)
+                    # What does not exist reads nothing, but has an address all the same.
+                    listed = min(number, int32(end - 1))
+                    position = listed if listed < keys.sinks else listed - keys.sinks + keys.first
+                    if position >= keys.length:
+                        source = tail + int64(position - keys.length) * token_stride
+                    else:
+                        source = address_of(keys, position, kv_head) + behind_key
+                    copy_chunks(chunk(shared, int32(row + i * AT_ONCE), lane_chunk), source, number < end, lane_chunk)
+                ptx.cp_async_commit()
+
+            return start
+
+        copy_K, copy_V = copy_tile(K_chunk), copy_tile(V_chunk)
+
+        def tensor_decode(
+            q, k, v, out, records, items, partials, partial_sums, slopes, sinks,
+            q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, out_batch, out_token,
+            out_head, tokens, q_heads, kv_heads, group, factor, cap,
+        ):  # fmt: skip
+            thread = ptx.thread_x()
+            lane, row_warp, key_warp = thread & 31, (thread >> 5) // KEY_WARPS, (thread >> 5) % KEY_WARPS
+            item, kv_head = items + ITEM_BYTES * int64(ptx.block_x()), ptx.block_y()
+            first_row, all_rows = ptx.block_z() * ROWS, tokens * group
+            last_row = min(first_row + ROWS, all_rows) - 1
+            sequence = int64(ptx.load_global_b32(item))
+            block_rows = Rows(int32(first_row // group), int32(last_row // group))
+            keys = list_block(records + RECORD_BYTES * sequence, block_rows)
+            first, end = ptx.load_global_b32(item + 4), min(ptx.load_global_b32(item + 8), keys.count)
+            shared = ptx.shared_memory(cuda.shared.array(0, types.int32, 128))
+            k_tail, v_tail = k + sequence * k_batch + kv_head * k_head, v + sequence * v_batch + kv_head * v_head
+            values_behind = (int64(kv_heads) << keys.page_shift) * ROW_BYTES
+
+            copied_row, lane_chunk = thread // LANES, thread % LANES
+            for i in range(Q_STEPS):
+                r = copied_row + i * AT_ONCE
+                if r < ROWS:
+                    row = min(first_row + r, last_row)
+                    token = row // group
+                    source = q + sequence * q_batch + token * q_token + (kv_head * group + row - token * group) * q_head
+                    copy_chunks(Q_chunk(shared, int32(r), lane_chunk), source, first_row + r <= last_row, lane_chunk)
+            if first < end:
+                copy_K(shared, keys, first, end, kv_head, int64(0), k_tail, k_token)
+
+            S, O = cuda.local.array(SCORES, float32), cuda.local.array(OUTPUTS, float32)
+            m, l, top = cuda.local.array(2, float32), cuda.local.array(2, float32), cuda.local.array(2, float32)
+            row_tokens, row_slopes = cuda.local.array(2, int32), cuda.local.array(2, float32)
+            for i in range(OUTPUTS):
+                O[i] = float32(0)
+            for half in range(2):
+                m[half], l[half] = NOTHING, float32(0)
+                row = min(first_row + 16 * row_warp + (lane >> 2) + 8 * half, last_row)
+                row_tokens[half] = row // group
+                if ALIBI:
+                    head = kv_head * group + row - row // group * group
+                    row_slopes[half] = ptx.load_global_f32(slopes + 4 * (sequence * q_heads + head)) * LOG2
+            Q_at = Q_chunk(shared, 16 * row_warp + (lane & 15), lane >> 4)
+            K_at = K_chunk(shared, KEYS * key_warp + (lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1)
+            V_at = V_chunk(shared, KEYS * key_warp + (lane & 15), lane >> 4)
+            scale = float32(1) if SCORED else factor
+
+            while first < end:
+                ptx.cp_async_wait()
+                cuda.syncthreads()  # K is there, and nobody reads V
+                copy_V(shared, keys, first, end, kv_head, values_behind, v_tail, v_token)
+                score_keys(Q_at, K_at, S, top)
+                for column in range(COLUMNS):
+                    number = int32(first + KEYS * key_warp + 2 * (lane & 3) + 8 * (column // 2) + column % 2)
+                    position = number if number < keys.sinks else number - keys.sinks + keys.first
+                    behind = int32(position - keys.start)
+                    for half in range(2):
+                        at = column // 2 * 4 + half * 2 + column % 2
+                        token = row_tokens[half]
+                        score = S[at]
+                        if SOFTCAP:
+                            power = ptx.exp2(score * factor)
+                            score = cap - float32(2) * cap * ptx.reciprocal(power + float32(1))
+                        elif SCORED:
+                            score = score * factor
+                        if ALIBI:
+                            score -= row_slopes[half] * float32(token - behind)
+                        seen = number < end
+                        if MASKED:
+                            seen = (
+                                seen
+                                and behind <= token
+                                and (behind > token - keys.window or position < keys.sink_tokens)
+                            )
+                        S[at] = score if seen else HIDDEN
+                lane_maxima(S, top)
+                if ptx.vote_any(outgrown(top, scale, m)):
+                    raise_maxima(top, scale, m, l, O)
+                ptx.cp_async_wait()
+                cuda.syncthreads()  # V is there, and nobody reads K
+                first = int32(first + TILE)
+                if first < end:
+                    copy_K(shared, keys, first, end, kv_head, int64(0), k_tail, k_token)
+                add_weighted_values(V_at, S, scale, m, l, O)
+
+            ptx.cp_async_wait()
+            total_rows(l)
+            cuda.syncthreads()  # nobody reads the tiles any more: the results have their place
+            results = cuda.shared.array(0, float32)
+            for half in range(2):
+                r = key_warp * ROWS + 16 * row_warp + (lane >> 2) + 8 * half
+                for column in range(OUTPUTS // 2):
+                    element = 8 * (column // 2) + column % 2 + 2 * (lane & 3)
+                    if element < D:
+                        results[r * PITCH + element] = O[column // 2 * 4 + half * 2 + column % 2]
+                if lane & 3 == 0:
+                    results[SUMS + 2 * r], results[SUMS + 2 * r + 1] = m[half], l[half]
+            cuda.syncthreads()
+            place = BlockPlace(
+                sequence, int64(ptx.load_global_b32(item + 12)), kv_head, group, first_row, last_row, tokens, q_heads
+            )  # fmt: skip
+            write_rows(results, place, out, out_batch, out_token, out_head, partials, partial_sums, sinks)
+
+        return tensor_decode
