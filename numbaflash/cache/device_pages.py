@@ -6,13 +6,15 @@ A page goes by its address, a multiple of 256. Its content is `numbaflash.cuda.p
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 
 from ..cuda.device import Buffer, Device, Event, Stream
 
-__all__ = ["DevicePagePool"]
+__all__ = ["DevicePagePool", "all_used_by"]
 
 _ALIGNMENT = 256
 
@@ -21,16 +23,24 @@ class DevicePagePool:
     """The pages of a cache and of all its forks, on one device.
 
     Memory is taken in slabs, each as large as all before together, and given back when nothing refers to the pool any
-    more. What streams queue on its pages is ordered: `begin` waits for what `end` has marked.
+    more. Who uses its pages does so in `used_by`, one at a time.
 
     Args:
         device: Where.
         page_nbytes: Bytes of a page.
         dtype: Of what they hold.
+        alone: Entered by who uses the device, where it may be used by one thread at a time.
     """
 
-    def __init__(self, device: Device, page_nbytes: int, dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self,
+        device: Device,
+        page_nbytes: int,
+        dtype: np.dtype[Any],
+        alone: AbstractContextManager[Any] | None = None,
+    ) -> None:
         self.device = device
+        self.alone = nullcontext() if alone is None else alone
         self.page_nbytes = page_nbytes
         self.dtype = dtype
         self._stride = -(-page_nbytes // _ALIGNMENT) * _ALIGNMENT
@@ -42,22 +52,27 @@ class DevicePagePool:
         self._last: Event | None = None
         # Re-entrant: a garbage collection inside the lock may release the pages of a dead cache.
         self._lock = threading.RLock()
+        self._users = threading.RLock()
 
     def expect(self, pages: int) -> None:
         """Say how many pages a cache may come to use (less than 0: no longer); slabs are not larger than that takes."""
         with self._lock:
             self._expected += pages
 
-    def begin(self, stream: Stream) -> None:
-        """Let a stream wait for the work on the pages that other streams have been given."""
-        with self._lock:
-            if self._last is not None:
-                stream.wait(self._last)
+    @contextmanager
+    def used_by(self, stream: Stream) -> Iterator[None]:
+        """Let a stream be given work on the pages, in order behind what other streams were given before."""
+        with self._users, self.alone, self.device.current():
+            self.order(stream)
+            try:
+                yield
+            finally:
+                self._last = stream.record()
 
-    def end(self, stream: Stream) -> None:
-        """Mark the work that a stream has been given."""
-        with self._lock:
-            self._last = stream.record()
+    def order(self, stream: Stream) -> None:
+        """Let a stream wait for the work on the pages that others have been given."""
+        if self._last is not None:
+            stream.wait(self._last)
 
     def acquire(self, count: int, stream: Stream) -> list[int]:
         """Return new pages with one owner each, all zeros in the order of `stream`.
@@ -69,10 +84,11 @@ class DevicePagePool:
             missing = count - len(self._free)
             if missing > 0:
                 self._grow(missing, stream)
-            pages = [self._free.pop() for _ in range(count)]
+            pages = self._free[len(self._free) - count :]
             for page in pages:
                 self.device.fill(page, self.page_nbytes, 0, stream)
-                self._owners[page] = 1
+            del self._free[len(self._free) - count :]
+            self._owners |= dict.fromkeys(pages, 1)
             return pages
 
     def share(self, page: int) -> None:
@@ -108,7 +124,13 @@ class DevicePagePool:
     def _grow(self, missing: int, stream: Stream) -> None:
         count = max(missing, min(self._pages, self._expected - self._pages))
         default = self.device.default_stream
-        slab = self.device.allocate(count * self._stride, default)
+        try:
+            slab = self.device.allocate(count * self._stride, default)
+        except MemoryError:
+            if count == missing:
+                raise
+            count = missing
+            slab = self.device.allocate(count * self._stride, default)
         stream.wait(default.record())
         self._slabs.append(slab)
         self._pages += count
@@ -116,5 +138,16 @@ class DevicePagePool:
 
     def __del__(self) -> None:
         # Slabs are freed in the order of the default stream: after what other streams still do with them.
-        if self._last is not None and self._slabs:
-            self.device.default_stream.wait(self._last)
+        if self._slabs:
+            with self.device.current():
+                self.order(self.device.default_stream)
+
+
+@contextmanager
+def all_used_by(stream: Stream, pools: Sequence[DevicePagePool]) -> Iterator[None]:
+    """Let a stream be given work on the pages of several pools, each of which may be named more than once."""
+    with ExitStack() as stack:
+        # In one order whoever asks, so that no two wait for each other.
+        for pool in sorted(dict.fromkeys(pools), key=id):
+            stack.enter_context(pool.used_by(stream))
+        yield

@@ -22,8 +22,8 @@ from ..cuda.paged import PagedLayer
 from ..cuda.solve import Queue
 from ..device_arrays import AnyArray, DeviceArray, is_on_gpu, view
 from ..problem import Scoring
-from .device_pages import DevicePagePool
-from .device_ring import DeviceLayer, DeviceRing
+from .device_pages import DevicePagePool, all_used_by
+from .device_ring import DeviceLayer, DeviceRing, changing
 from .layer import Layer
 from .place import CacheShape, Place, Pool
 
@@ -62,7 +62,7 @@ class DevicePlace(Place):
         kind = PagedLayer(shape.kv_heads, shape.head_dim, shape.dtype)
         elements = 2 * shape.kv_heads * layout.page_size * self.stored_dim(shape.head_dim)
         with self._alone, self.device.current():
-            pool = DevicePagePool(self.device, elements * shape.dtype.itemsize, shape.dtype)
+            pool = DevicePagePool(self.device, elements * shape.dtype.itemsize, shape.dtype, self._alone)
             return (pool,), [DeviceLayer(i, layout, DeviceRing(layout, pool, kind)) for i in range(shape.num_layers)]
 
     def stored_dim(self, head_dim: int) -> int:
@@ -99,7 +99,7 @@ class DevicePlace(Place):
     def append(self, layer: Layer, k: AnyArray, v: AnyArray, given: Mapping[str, Any]) -> None:
         """Append tokens."""
         rings = [cast(DeviceLayer, layer).ring]
-        with self._call(given, {"k": k, "v": v}, rings) as queue, _changing(rings, k.shape[0], queue):
+        with self._call(given, {"k": k, "v": v}, rings) as queue, changing(rings, k.shape[0], queue):
             sequences = [ring.sequence(ring.length, queue) for ring in rings]
             paged.step(queue, rings[0].kind, sequences, None, _batched(k), _batched(v), None, None)
 
@@ -118,13 +118,15 @@ class DevicePlace(Place):
     ) -> Any:
         """Attend, then append."""
         rings = [cast(DeviceLayer, layer).ring for layer in layers]
-        views = {"q": q, "k": k, "v": v}
-        with self._call(given, views, rings) as queue, _changing(rings, k.shape[-3], queue):
+        views, tokens = {"q": q, "k": k, "v": v}, k.shape[-3]
+        with self._call(given, views, rings) as queue, changing(rings, tokens, queue):
             result = Result(queue, given["q"], q.shape, q.dtype)
             out = cast(DeviceArray, _batched(result.array))
             sequences = [ring.sequence(ring.length, queue) for ring in rings]
             Q, K, V = (_batched(array) for array in (q, k, v))
             paged.step(queue, rings[0].kind, sequences, Q, K, V, scoring, out)
+            for ring in rings:
+                ring.overwrite(tokens)
             return result.handed_over()
 
     @contextmanager
@@ -132,36 +134,15 @@ class DevicePlace(Place):
         self, given: Mapping[str, Any], views: Mapping[str, AnyArray], rings: Sequence[DeviceRing] = ()
     ) -> Iterator[Queue]:
         """Order a call's work behind what its arrays and pages wait for."""
-        pools = {id(ring.pool): ring.pool for ring in rings}.values()
-        with self._alone, self.device.current():
+        with self.device.current():
             stream = self.device.default_stream
             if isinstance(self.device, CudaDevice):
                 on_gpu = [name for name, value in given.items() if is_on_gpu(value)]
                 leader = given[on_gpu[0]] if on_gpu else None
                 arrays = [array for array in views.values() if isinstance(array, DeviceArray)]
                 stream = caller_stream(self.device, leader, arrays)
-            for pool in pools:
-                pool.begin(stream)
-            try:
+            with all_used_by(stream, [ring.pool for ring in rings]), self._alone:
                 yield Queue(self.device, stream)
-            finally:
-                for pool in pools:
-                    pool.end(stream)
-
-
-@contextmanager
-def _changing(rings: Sequence[DeviceRing], tokens: int, queue: Queue) -> Iterator[None]:
-    """Give rings the pages of new tokens; they have the tokens when the body succeeds, and are as before if not."""
-    try:
-        for ring in rings:
-            ring.prepare(tokens, queue)
-        yield
-    except BaseException:
-        for ring in rings:
-            ring.discard()
-        raise
-    for ring in rings:
-        ring.commit(tokens)
 
 
 def _batched(array: AnyArray) -> AnyArray:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..cuda import paged
+from ..cuda.device import Event
 from ..cuda.paged import PagedLayer, PagedSequence
 from ..cuda.solve import Queue
 from .device_pages import DevicePagePool
 from .layer import Layer
 from .layout import RingLayout
 
-__all__ = ["DeviceLayer", "DeviceRing"]
+__all__ = ["DeviceLayer", "DeviceRing", "changing"]
 
 
 class _Change(NamedTuple):
@@ -48,7 +51,9 @@ class DeviceRing:
         self._layout = layout
         self._pages = np.zeros(layout.slots, np.int64)  # addresses; 0: none
         self._changes: list[_Change] = []
-        self._table = pool.device.allocate(self._pages.nbytes)
+        with pool.alone, pool.device.current():
+            self._table = pool.device.allocate(self._pages.nbytes)
+            self._allocated: Event | None = pool.device.default_stream.record()
         self._stale = True  # what the device has is not `_pages`
         pool.expect(layout.slots)
 
@@ -66,6 +71,9 @@ class DeviceRing:
         for page in self._used():
             self.pool.release(page)
         self._pages[:] = 0
+        with self.pool.device.current():  # the table is freed in the order of the default stream
+            self.pool.order(self.pool.device.default_stream)
+            self._table.close()
         self.pool.expect(-self._layout.slots)
 
     @property
@@ -75,6 +83,9 @@ class DeviceRing:
 
     def sequence(self, start: int, queue: Queue) -> PagedSequence:
         """Return the ring as kernels that are queued now will see it, for queries from `start` on."""
+        if self._allocated is not None:
+            queue.stream.wait(self._allocated)
+            self._allocated = None
         if self._stale:
             queue.device.copy_in(self._table.address, self._pages, queue.stream)
             self._stale = False
@@ -93,13 +104,17 @@ class DeviceRing:
         ]
         if not slots:
             return
-        for slot, new in zip(slots, self.pool.acquire(len(slots), queue.stream), strict=True):
-            old = int(self._pages[slot])
-            if old:
-                queue.device.copy(new, old, self.pool.page_nbytes, queue.stream)
-            self._changes.append(_Change(slot, new, old))
-            self._pages[slot] = new
+        pages = self.pool.acquire(len(slots), queue.stream)
+        self._changes = [_Change(slot, new, int(self._pages[slot])) for slot, new in zip(slots, pages, strict=True)]
+        for change in self._changes:
+            self._pages[change.slot] = change.new
+            if change.old:
+                queue.device.copy(change.new, change.old, self.pool.page_nbytes, queue.stream)
         self._stale = True
+
+    def overwrite(self, tokens: int) -> None:
+        """The kernel that writes the next tokens is queued: those that they fall on are lost, whatever comes."""
+        self.intact = max(self.intact, self.length + tokens - self._layout.ring_tokens)
 
     def commit(self, tokens: int) -> None:
         """The tokens that `prepare` was told of are there."""
@@ -107,8 +122,8 @@ class DeviceRing:
             if change.old:
                 self.pool.release(change.old)
         self._changes = []
+        self.overwrite(tokens)
         self.length += tokens
-        self.intact = max(self.intact, self.length - self._layout.ring_tokens)
 
     def discard(self) -> None:
         """They are not: the ring is as before `prepare`."""
@@ -120,28 +135,17 @@ class DeviceRing:
 
     def write(self, keys: NDArray[Any], values: NDArray[Any]) -> None:
         """Append tokens, (T, Hkv, D) each, of any float dtype."""
-        device = self.pool.device
-        with device.current():
-            queue = Queue(device, device.default_stream)
-            self.pool.begin(queue.stream)
-            try:
-                self.prepare(len(keys), queue)
-                sequence = self.sequence(self.length, queue)
-                paged.step(queue, self.kind, [sequence], None, keys[None], values[None], None, None)
-                self.commit(len(keys))
-            except BaseException:
-                self.discard()
-                raise
-            finally:
-                self.pool.end(queue.stream)
+        queue = Queue(self.pool.device, self.pool.device.default_stream)
+        with self.pool.used_by(queue.stream), changing([self], len(keys), queue):
+            sequence = self.sequence(self.length, queue)
+            paged.step(queue, self.kind, [sequence], None, keys[None], values[None], None, None)
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return copies of the tokens `start` to `stop`, all sink tokens or none: (2, tokens, Hkv, D)."""
         kind, size, device = self.kind, self._layout.page_size, self.pool.device
         tokens = np.empty((2, stop - start, kind.kv_heads, kind.head_dim), kind.dtype)
         page = np.empty((2, kind.kv_heads, size, paged.padded(kind.head_dim)), kind.dtype)
-        with device.current():
-            self.pool.begin(device.default_stream)
+        with self.pool.used_by(device.default_stream):
             at = start
             while at < stop:
                 behind = at if at < self._layout.sink_tokens else at - self._layout.sink_tokens
@@ -162,6 +166,21 @@ class DeviceRing:
 
     def _used(self) -> list[int]:
         return [int(page) for page in self._pages if page]
+
+
+@contextmanager
+def changing(rings: Sequence[DeviceRing], tokens: int, queue: Queue) -> Iterator[None]:
+    """Give rings the pages of new tokens; they have the tokens when the body succeeds, and are as before if not."""
+    try:
+        for ring in rings:
+            ring.prepare(tokens, queue)
+        yield
+    except BaseException:
+        for ring in rings:
+            ring.discard()
+        raise
+    for ring in rings:
+        ring.commit(tokens)
 
 
 class DeviceLayer(Layer):
