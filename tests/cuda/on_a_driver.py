@@ -21,6 +21,7 @@ import numbaflash
 from benchmarks.gpu_day.timing import Clock
 from numbaflash import device_arrays
 from numbaflash.backends import choose_backend
+from numbaflash.cache import device_place
 from numbaflash.cuda import gpu
 from numbaflash.cuda.solve import Queue
 
@@ -193,6 +194,70 @@ def test_the_tests_of_kernels_and_the_clock_of_benchmarks_use_the_device(calls):
     assert measured["nothing"].device == pytest.approx(2.5e-3 / 2)
     assert str(measured["fails"]) == "no such backend"
     assert "fill" in names(calls)
+
+
+CACHE = {"capacity": 60, "sink_tokens": 4, "page_size": 16}
+
+
+def cached(place, backend, *, then=lambda cache: cache):
+    """Return the results of some steps, and of one more by what `then` makes of the cache."""
+    q, k, v = (array[0] for array in problem(q_tokens=150))
+    cache = numbaflash.RingKVCache(1, 2, 64, **CACHE, backend=backend)
+    outs = []
+    for start, stop in ((0, 100), (100, 101), (101, 149)):
+        outs.append(cache.step(0, *(place(x[start:stop]) for x in (q, k, v))))
+    last = then(cache).step(0, *(place(x[149:]) for x in (q, k, v)))
+    return [*outs, last]
+
+
+def test_a_cache_on_the_gpu_gives_the_emulators_bits_and_all_of_its_memory_back(calls):
+    got = cached(lambda array: array, "cuda")
+    for one, other in zip(got, cached(lambda array: array, "emulated"), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert names(calls).count("load") == 3  # tensor cores, for one token and for many; the append
+
+
+def test_a_cache_reads_and_gives_device_arrays_without_a_copy(calls):
+    arrays = [numba_cuda.to_device(array[0, :1]) for array in problem()]
+    cache = numbaflash.RingKVCache(1, 2, 64, **CACHE)
+    assert cache.backend == "cuda"
+    cache.step(0, *arrays)
+    calls.clear()
+    out = cache.step(0, *arrays)
+    assert isinstance(out, type(arrays[0]))
+    assert names(calls).count("launch") == 2
+    # The records of the launch, and nothing else.
+    assert names(calls).count("copy in") == 1
+    assert "copy out" not in names(calls)
+
+
+def test_a_cache_that_changes_streams_waits_for_what_the_last_one_was_given(calls, monkeypatch):
+    cache = numbaflash.RingKVCache(1, 2, 64, **CACHE, backend="cuda")
+    arrays = [array[0, :1] for array in problem()]
+    cache.step(0, *arrays)
+    other = gpu.cuda_device(0).create_stream()
+    handle = int(other.core.handle)
+    monkeypatch.setattr(device_place, "caller_stream", lambda *_: other)
+    calls.clear()
+    cache.step(0, *arrays)
+    waits = [call for call in calls if call[0] == "wait" and call[1] == handle]
+    assert waits
+    assert calls.index(waits[0]) < names(calls).index("launch")
+    assert {call[-1] for call in calls if call[0] == "launch"} == {handle}
+
+
+def test_forks_work_in_threads_that_have_no_context(calls):
+    results = []
+
+    def fork_elsewhere(cache):
+        thread = threading.Thread(target=lambda: results.append(cache.fork()))
+        thread.start()
+        thread.join()
+        return results.pop()
+
+    got = cached(lambda array: array, "cuda", then=fork_elsewhere)
+    np.testing.assert_array_equal(got[-1], cached(lambda array: array, "emulated")[-1])
+    assert calls
 
 
 def test_too_large_an_array_is_a_memory_error_and_leaves_nothing_behind(calls):
