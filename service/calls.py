@@ -23,6 +23,7 @@ T = TypeVar("T")
 Metadata: TypeAlias = tuple[tuple[str, str], ...]
 
 _WATCHDOG_SECONDS: Final = 0.05
+_CHANNEL_CLOSE_SECONDS: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,14 @@ class Calls:
         return StepStream(partial(attend, metadata=self._metadata))
 
     def close(self) -> None:
-        """Close the channel, and all calls with it."""
-        self._channel.close()
+        """Close the channel, and all calls with it.
+
+        gRPC waits there for calls to end, and forever for one that the exception of a signal (Ctrl-C) broke off while
+        it was being made: so no longer than `_CHANNEL_CLOSE_SECONDS`.
+        """
+        closing = threading.Thread(target=self._channel.close, name="numbaflash-close", daemon=True)
+        closing.start()
+        closing.join(_CHANNEL_CLOSE_SECONDS)
 
 
 class StepStream:
