@@ -49,7 +49,7 @@ class ServeConfig(BaseSettings):
         description="Hard budget for keys and values, for example 4GiB.",
     )
     kv_high_water: float = Field(
-        0.9, ge=0, le=1, description="Share of kv_memory above which idle sessions are spilled in advance."
+        0.9, ge=0, le=1, description="Share of kv_memory above which idle sessions go in advance."
     )
     spill_dir: Path | None = Field(
         None, description="Folder for idle sessions whose memory is needed; without one they are ended, with a notice."

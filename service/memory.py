@@ -149,10 +149,14 @@ class Memory:
                 await self._put_one_away(nbytes)
 
     async def relieve(self) -> None:
-        """Spill idle sessions until what is reserved is below the high-water mark."""
+        """Spill idle sessions, or end them where there is no folder, until less is reserved than the high-water mark.
+
+        While the folder cannot be written nobody is ended in advance: only where somebody needs the bytes.
+        """
+        mark = self._thresholds.high_water * self._table.kv_memory
         async with self._turn:
             with contextlib.suppress(KVBudgetError):
-                while self._can_spill and self._table.kv_reserved > self._thresholds.high_water * self._table.kv_memory:
+                while self._table.kv_reserved > mark and (self._can_spill or self._spill is None):
                     await self._put_one_away(0)
 
     async def put_all_away(self) -> None:
@@ -187,7 +191,8 @@ class Memory:
                 retry_after=min(1.0, max(0.01, soonest)),
             )
         if not self._can_spill:
-            await self._evict(oldest, f"idle for {oldest.idle_seconds:.0f} s, it made room for another session's bytes")
+            reason = "it made room for another session's bytes" if nbytes else "the memory was nearly full"
+            await self._evict(oldest, f"idle for {oldest.idle_seconds:.0f} s, {reason}")
             return
         try:
             await self._move(oldest, self._write_out(oldest))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
-from numbaflash_service import Client, RetryPolicy
+from numbaflash_service import Client, RetryPolicy, records
 from numbaflash_service.errors import (
     BusyError,
     KVBudgetError,
@@ -141,7 +142,7 @@ def test_a_session_that_is_wanted_while_it_is_written_stays(
 
 
 def test_without_a_folder_the_idle_end_with_a_notice(start_server: Any) -> None:
-    server = start_server(kv_memory=KV_MEMORY, evict_after=0.3)
+    server = start_server(kv_memory=KV_MEMORY, kv_high_water=1.0, evict_after=0.3)
     with Client(server.target) as client:
         idle, used = Twin(client), Twin(client)
         until = time.monotonic() + 0.35
@@ -154,6 +155,33 @@ def test_without_a_folder_the_idle_end_with_a_notice(start_server: Any) -> None:
         assert "it made room for another" in caught.value.message
         assert time.strftime("%Y-%m-%dT%H:", time.gmtime(before)) in caught.value.message
         used.step()
+
+
+def test_above_the_high_water_mark_the_idle_end_where_there_is_no_folder(start_server: Any) -> None:
+    server = start_server(kv_memory=KV_MEMORY, kv_high_water=0.7, evict_after=0.2)
+    with Client(server.target) as client:
+        idle, _ = Twin(client), Twin(client)
+        server.wait_until(lambda: len(server.server._servicer._table) == 1)
+        with pytest.raises(SessionEvictedError, match="the memory was nearly full"):
+            idle.step()
+
+
+def test_while_the_folder_cannot_be_written_nobody_is_ended_in_advance(
+    spilling: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = spilling(kv_high_water=0.0, evict_after=0.0)
+    memory = server.server._servicer._memory
+    monkeypatch.setattr(records, "write", _full_disk)
+    with Client(server.target) as client:
+        twin = Twin(client)
+        server.wait_until(lambda: memory._paused_until > 0)
+        for _ in range(2):
+            server.on_loop(memory.relieve())
+        twin.step()
+
+
+def _full_disk(*_: object) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_nobody_is_ended_who_has_just_been_there(start_server: Any) -> None:
