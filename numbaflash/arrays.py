@@ -76,11 +76,14 @@ def _is_torch(array: Any) -> bool:
 def _torch_as_numpy(tensor: Any, name: str) -> NDArray[Any]:
     import torch
 
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise ValueError(f"{name} must be in host memory for backend 'cpu', got device {tensor.device}")
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} must not require grad (there is no backward pass): use {name}.detach() or no_grad()")
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        if torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} must not require grad (there is no backward pass): use {name}.detach() or no_grad()"
+            )
+        tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         bits: NDArray[Any] = tensor.view(torch.int16).numpy()
         return bits.view(_BFLOAT16)

@@ -104,17 +104,18 @@ class Visibility:
 
     Args:
         q_start: (sequences,) ints: position of query row 0; negative where there are more queries than keys.
-        left: (sequences,) ints: window to the left, UNBOUNDED for none.
-        right: (sequences,) ints: window to the right, UNBOUNDED for none, 0 for causal.
-        sinks: (sequences,) ints: the first positions that stay visible when the window has left them behind.
+        left: (sequences,) ints, or one for all: window to the left, UNBOUNDED for none.
+        right: As left: window to the right, UNBOUNDED for none, 0 for causal.
+        sinks: As left: the first positions that stay visible when the window has left them behind.
 
     Attributes:
         rows: (4, sequences) int64: the arguments side by side, of which those of the same names are views.
     """
 
-    def __init__(self, q_start: Ints, left: Ints, right: Ints, sinks: Ints) -> None:
-        self.rows = np.array((q_start, left, right, sinks), np.int64)
+    def __init__(self, q_start: Ints, left: Ints | int, right: Ints | int, sinks: Ints | int) -> None:
+        self.rows = np.empty((4, len(q_start)), np.int64)
         self.q_start, self.left, self.right, self.sinks = self.rows
+        self.q_start[:], self.left[:], self.right[:], self.sinks[:] = q_start, left, right, sinks
 
 
 def contiguous_run(k: NDArray[Any], v: NDArray[Any], start: int) -> tuple[int, ...]:

@@ -58,9 +58,9 @@ def attention(
     runs = KVRuns(table, np.arange(batch + 1), k.dtype, problem.kv_heads, problem.head_dim, problem.value_dim)
     visibility = Visibility(
         q_start=problem.kv_lengths - problem.q_tokens,
-        left=[_side(problem.window_left)] * batch,
-        right=[_side(problem.window_right)] * batch,
-        sinks=[0] * batch,
+        left=_side(problem.window_left),
+        right=_side(problem.window_right),
+        sinks=0,
     )
     call = _Call(readable(q), runs, visibility, problem.scoring, keep_alive=(k, v))
     if call.is_empty:

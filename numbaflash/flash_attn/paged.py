@@ -8,17 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cpu import UNBOUNDED, KVRuns, Visibility
-from ..cpu.runs import (
-    COUNT,
-    K_ADDRESS,
-    K_HEAD_STRIDE,
-    K_TOKEN_STRIDE,
-    RUN_FIELDS,
-    START,
-    V_ADDRESS,
-    V_HEAD_STRIDE,
-    V_TOKEN_STRIDE,
-)
+from ..cpu.runs import COUNT, K_ADDRESS, RUN_FIELDS, START, V_ADDRESS
 from .arguments import Window
 
 __all__ = ["PAGE_MULTIPLE", "check_pages", "join_runs", "page_runs", "sequence_runs", "visibility"]
@@ -112,15 +102,12 @@ def check_pages(
 
 def visibility(q_tokens: NDArray[np.int64] | int, kv_tokens: NDArray[np.int64], window: Window) -> Visibility:
     """Bottom-right alignment: the last query of a sequence stands where its last key does."""
-    left, right, sinks = sides = np.empty((3, len(kv_tokens)), np.int64)
-    sides.T[:] = (*(UNBOUNDED if side is None else side for side in window), 0)
-    return Visibility(kv_tokens - q_tokens, left, right, sinks)
+    left, right = (UNBOUNDED if side is None else side for side in window)
+    return Visibility(kv_tokens - q_tokens, left, right, sinks=0)
 
 
 def _rows(count: int, k: NDArray[Any], v: NDArray[Any]) -> NDArray[np.int64]:
+    """Runs that all start where k and v do, with no tokens yet."""
     table = np.empty((count, RUN_FIELDS), np.int64)
-    table[:, K_ADDRESS] = k.ctypes.data
-    table[:, V_ADDRESS] = v.ctypes.data
-    table[:, K_TOKEN_STRIDE], table[:, K_HEAD_STRIDE] = k.strides[-3:-1]
-    table[:, V_TOKEN_STRIDE], table[:, V_HEAD_STRIDE] = v.strides[-3:-1]
+    table[:] = k.ctypes.data, v.ctypes.data, 0, 0, *k.strides[-3:-1], *v.strides[-3:-1]
     return table

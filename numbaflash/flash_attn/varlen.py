@@ -209,7 +209,7 @@ def _tokens(which: str, bounds: NDArray[np.int64], total: int | None, max_seqlen
         raise TypeError(f"max_seqlen_{which} must be an int, got {type(max_seqlen).__name__}") from None
     tokens: NDArray[np.int64] = bounds[1:] - bounds[:-1]
     longest = int(tokens.view(np.uint64).max())  # a negative number is larger than any length
-    if bounds[0] != 0 or longest > np.iinfo(np.int64).max:
+    if bounds[0] != 0 or longest >= 1 << 63:
         raise ValueError(f"cu_seqlens_{which} must rise from 0, got {bounds.tolist()}")
     if total is not None and bounds[-1] > total:
         raise ValueError(f"cu_seqlens_{which} must end at {total} tokens at most, got {int(bounds[-1])}")
