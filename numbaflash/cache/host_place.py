@@ -16,7 +16,7 @@ from .layout import raw_layout
 from .pages import PagePool
 from .place import CacheShape, Place, Pool
 from .quantized import QuantizedLayer
-from .step import attend, step
+from .step import append, attend, step
 from .token_ring import TokenRing
 
 __all__ = ["HostPlace"]
@@ -59,8 +59,7 @@ class HostPlace(Place):
 
     def append(self, layer: Layer, k: AnyArray, v: AnyArray, given: Mapping[str, Any]) -> None:  # noqa: ARG002
         """Append tokens."""
-        held = cast(HostLayer, layer)
-        held.write(held.prepare(cast(NDArray[Any], k), cast(NDArray[Any], v)))
+        append(cast(HostLayer, layer), cast(NDArray[Any], k), cast(NDArray[Any], v))
 
     def attend(self, layer: Layer, q: AnyArray, scoring: Scoring, given: Mapping[str, Any]) -> Any:
         """Attend with the queries of a layer's last tokens."""

@@ -6,7 +6,8 @@ On a device it is one of `device_ring.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,19 +21,21 @@ from .token_ring import TokenRing
 __all__ = ["FloatLayer", "HostLayer", "Layer", "NewTokens", "Ring", "Segment"]
 
 _NO_CODES = np.empty((0, 2), np.int64)
+_NONE: Mapping[int, int] = MappingProxyType({})
 
 
 class NewTokens(NamedTuple):
     """Tokens of a step, (T, Hkv, D), rounded to what the layer's ring holds.
 
-    `pages` are pages of codes that they fill, the first one of this number behind the sink tokens; they belong to
-    nobody's page table yet.
+    `pages` are pages of codes that they fill, the first one of this number behind the sink tokens; `fresh` are those of
+    the ring that they are written to, by slot, once they are reserved. Neither belong to a page table yet.
     """
 
     keys: NDArray[Any]
     values: NDArray[Any]
     first_page: int = 0
     pages: Sequence[int] = ()
+    fresh: Mapping[int, int] = _NONE
 
 
 class Segment(NamedTuple):
@@ -167,13 +170,21 @@ class HostLayer(Layer):
             ValueError: They cannot be stored.
         """
 
-    @abstractmethod
-    def discard(self, new: NewTokens, /) -> None:
-        """Give back the pages of what `prepare` returned, in the place of `write`."""
+    def reserve(self, new: NewTokens) -> NewTokens:
+        """Return what `prepare` returned with all pages that `write` takes; the layer does not change.
+
+        Raises:
+            MemoryError: There are no more; `new` must be discarded.
+        """
+        return new._replace(fresh=self.ring.reserve(len(new.keys)))
+
+    def discard(self, new: NewTokens) -> None:
+        """Give back all pages of new tokens, in the place of `write`."""
+        self.ring.give_back(new.fresh)
 
     @abstractmethod
     def write(self, new: NewTokens) -> None:
-        """Append what `prepare` returned; where that fails, nothing has changed, and it has been discarded."""
+        """Append what `reserve` returned; it cannot fail."""
 
     @abstractmethod
     def segments(self, start: int, stop: int, new: NewTokens) -> list[Segment]:
@@ -209,12 +220,9 @@ class FloatLayer(HostLayer):
         """Round new tokens to the storage dtype."""
         return NewTokens(_stored(keys, self.ring.dtype), _stored(values, self.ring.dtype))
 
-    def discard(self, _new: NewTokens, /) -> None:
-        """There are no pages of codes to give back."""
-
     def write(self, new: NewTokens) -> None:
-        """Append new tokens; nothing has changed where that fails."""
-        self.ring.write(new.keys, new.values)
+        """Append new tokens."""
+        self.ring.write(new.keys, new.values, new.fresh)
 
     def segments(self, start: int, stop: int, new: NewTokens) -> list[Segment]:
         """List the runs that queries at `start` to `stop` see: they are one segment."""

@@ -111,17 +111,14 @@ class QuantizedLayer(HostLayer):
         """Return queries as they meet what the quantizer has made of keys."""
         return self._quantizer.fold_queries(self.index, q)
 
-    def discard(self, new: NewTokens, /) -> None:
-        """Give back the pages of what `prepare` returned."""
+    def discard(self, new: NewTokens) -> None:
+        """Give back all pages of new tokens, those of codes as well."""
+        super().discard(new)
         self._give_back(new.pages)
 
     def write(self, new: NewTokens) -> None:
-        """Append new tokens with the pages that they fill; where that fails, nothing has changed."""
-        try:
-            self.ring.write(new.keys, new.values)
-        except BaseException:
-            self.discard(new)
-            raise
+        """Append new tokens with the pages that they fill."""
+        self.ring.write(new.keys, new.values, new.fresh)
         for number, page in enumerate(new.pages, new.first_page):
             self._put(number, page)
         self._intact = max(self._intact, self.length - self.layout.ring_tokens)

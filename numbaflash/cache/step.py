@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -15,7 +16,7 @@ from ..problem import Scoring
 from .layer import HostLayer, NewTokens, Segment
 from .page_format import PageFormat
 
-__all__ = ["attend", "step"]
+__all__ = ["append", "attend", "step"]
 
 
 def step(
@@ -34,22 +35,46 @@ def step(
         (N, T, Hq, D), q's dtype.
 
     Raises:
-        ValueError: k or v cannot be stored; nothing has changed.
+        ValueError: k or v cannot be stored; no layer has changed.
+        MemoryError: A layer has no pages left; no layer has changed.
     """
+    with _prepared(layers, k, v) as news:
+        out = attend(layers, [layer.length for layer in layers], q, news, scoring)
+        _write(layers, news)
+    return out
+
+
+def append(layer: HostLayer, k: NDArray[Any], v: NDArray[Any]) -> None:
+    """Write new tokens, (T, Hkv, D) each.
+
+    Raises:
+        ValueError: They cannot be stored; the layer has not changed.
+        MemoryError: There are no pages left; the layer has not changed.
+    """
+    with _prepared([layer], k[None], v[None]) as news:
+        _write([layer], news)
+
+
+@contextmanager
+def _prepared(layers: Sequence[HostLayer], k: NDArray[Any], v: NDArray[Any]) -> Iterator[list[NewTokens]]:
+    """Prepare the tokens of all layers; where anything fails, all pages that they have go back."""
     news: list[NewTokens] = []
-    taken = 0
     try:
         for layer, keys, values in zip(layers, k, v, strict=True):
             news.append(layer.prepare(keys, values))
-        out = attend(layers, [layer.length for layer in layers], q, news, scoring)
-        for layer, new in zip(layers, news, strict=True):
-            taken += 1
-            layer.write(new)
+        yield news
     except BaseException:
-        for layer, new in zip(layers[taken:], news[taken:], strict=False):
+        for layer, new in zip(layers, news, strict=False):
             layer.discard(new)
         raise
-    return out
+
+
+def _write(layers: Sequence[HostLayer], news: list[NewTokens]) -> None:
+    """Write the tokens of all layers, or of none: the first is written when the last one has its pages."""
+    for i, layer in enumerate(layers):
+        news[i] = layer.reserve(news[i])
+    for layer, new in zip(layers, news, strict=True):
+        layer.write(new)
 
 
 def attend(

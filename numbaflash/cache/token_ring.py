@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -69,15 +70,48 @@ class TokenRing:
         """Bytes of the pages in use."""
         return self._table.nbytes
 
-    def write(self, keys: NDArray[Any], values: NDArray[Any]) -> None:
-        """Append tokens, (T, Hkv, D) each; all pages that takes are had before the first byte is written."""
+    def reserve(self, tokens: int) -> dict[int, int]:
+        """Return pages, by slot, for what the next tokens fall on and others see too, or that has none yet.
+
+        Raises:
+            MemoryError: There are no more; nothing has changed.
+        """
+        pool = self._table.pool
+        fresh: dict[int, int] = {}
+        try:
+            for slot in [slot for piece in self._pieces(tokens) for slot in self._layout.slots_between(*piece)]:
+                page = self._table[slot]
+                if slot not in fresh and (page is None or pool.is_shared(page)):
+                    fresh[slot] = pool.acquire()
+        except BaseException:
+            self.give_back(fresh)
+            raise
+        return fresh
+
+    def give_back(self, fresh: Mapping[int, int]) -> None:
+        """Give back what `reserve` returned, in the place of `write`."""
+        for page in fresh.values():
+            self._table.pool.release(page)
+
+    def write(self, keys: NDArray[Any], values: NDArray[Any], fresh: Mapping[int, int] | None = None) -> None:
+        """Append tokens, (T, Hkv, D) each.
+
+        Args:
+            keys: Of the storage dtype.
+            values: Likewise.
+            fresh: What `reserve` returned for them, and then nothing can fail; None: it is asked now.
+
+        Raises:
+            MemoryError: There are no more pages; nothing has changed.
+        """
         start, stop = self.length, self.length + len(keys)
-        sinks = self._layout.sink_tokens
-        # What comes before would be overwritten by the same step.
-        kept = max(start, stop - self._layout.ring_tokens, sinks)
-        pieces = [(start, min(stop, sinks)), (kept, stop)] if start < sinks else [(kept, stop)]
-        self._own([slot for piece in pieces for slot in self._layout.slots_between(*piece)])
-        for first, behind in pieces:
+        pool = self._table.pool
+        for slot, page in (self.reserve(len(keys)) if fresh is None else fresh).items():
+            if self._table[slot] is not None:
+                pool.content(page)[:] = self._table.content(slot)
+            self._table[slot] = page
+            self._addresses[slot] = pool.address(page)
+        for first, behind in self._pieces(len(keys)):
             self._copy(scatter_tokens, first, behind, keys[first - start :], values[first - start :])
         self.length = stop
         self.intact = max(self.intact, stop - self._layout.ring_tokens)
@@ -102,21 +136,9 @@ class TokenRing:
         places = (keys.ctypes.data, *keys.strides[:2], values.ctypes.data, *values.strides[:2])
         copy(self.record_address, start, stop, *places)
 
-    def _own(self, slots: list[int]) -> None:
-        """See that every slot has a page which nobody else sees; nothing has changed when that fails."""
-        pool = self._table.pool
-        fresh: dict[int, int] = {}
-        try:
-            for slot in slots:
-                page = self._table[slot]
-                if slot not in fresh and (page is None or pool.is_shared(page)):
-                    fresh[slot] = pool.acquire()
-        except MemoryError:
-            for page in fresh.values():
-                pool.release(page)
-            raise
-        for slot, page in fresh.items():
-            if self._table[slot] is not None:
-                pool.content(page)[:] = self._table.content(slot)
-            self._table[slot] = page
-            self._addresses[slot] = pool.address(page)
+    def _pieces(self, tokens: int) -> list[tuple[int, int]]:
+        """The positions of the next tokens that stay: sink tokens, and the others."""
+        start, stop, sinks = self.length, self.length + tokens, self._layout.sink_tokens
+        # What comes before would be overwritten by the same step.
+        kept = max(start, stop - self._layout.ring_tokens, sinks)
+        return [(start, min(stop, sinks)), (kept, stop)] if start < sinks else [(kept, stop)]

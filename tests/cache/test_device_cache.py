@@ -19,8 +19,8 @@ def emulated(**changes):
     return numbaflash.RingKVCache(1, 2, 8, **{**SHAPE, "backend": "emulated", **changes})
 
 
-def tokens_of(rng, count):
-    return tuple(random_tokens(rng, count, heads, 8) for heads in (4, 2, 2))
+def tokens_of(rng, count, head_dim=8):
+    return tuple(random_tokens(rng, count, heads, head_dim) for heads in (4, 2, 2))
 
 
 @pytest.fixture
@@ -180,6 +180,30 @@ def test_a_step_that_fails_leaves_the_cache_as_it_was(monkeypatch, rng, arrange,
     want = expected_of_cache(q, k, v, capacity=30, sink_tokens=3)
     assert_close(cache.step(0, q[20:], k[20:], v[20:]), want[20:])
     del child
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("cpu", "float32"), ("cpu", "int8"), ("emulated", "float32")])
+def test_a_batch_whose_last_cache_has_no_page_left_changes_none(monkeypatch, rng, backend, dtype):
+    shape = {**SHAPE, "sink_tokens": 0, "dtype": dtype, "backend": backend}
+    caches = [numbaflash.RingKVCache(1, 2, 32, **shape) for _ in range(3)]
+    for cache in caches:
+        cache.append(0, *tokens_of(rng, 8, 32)[1:])  # the next token takes a new page
+    held = [(cache.nbytes, [pool.nbytes for pool in cache.pools]) for cache in caches]
+    news = [tokens_of(rng, 1, 32) for _ in caches]
+    q, k, v = (np.stack(arrays) for arrays in zip(*news, strict=True))
+
+    def refuse(*_args):
+        raise MemoryError("no page")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(caches[-1].pools[0], "acquire", refuse)
+        with pytest.raises(MemoryError):
+            numbaflash.attention_batch(caches, 0, q, k, v)
+
+    assert [cache.length(0) for cache in caches] == [8, 8, 8]
+    assert [(cache.nbytes, [pool.nbytes for pool in cache.pools]) for cache in caches] == held
+    numbaflash.attention_batch(caches, 0, q, k, v)
+    assert [cache.length(0) for cache in caches] == [9, 9, 9]
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
