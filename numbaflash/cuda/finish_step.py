@@ -1,8 +1,9 @@
-"""The end of a step in one launch: partial results of splits are merged, and the step's keys and values go into pages.
+"""The end of a step in one launch: partial results are merged, and the step's keys and values go into pages.
 
 Merging is exact up to rounding (FlashAttention-2, section 2.3.1): each split's O counts as much as its sum of weights,
-all brought to the largest of their row maxima. Splits are merged in order, so that the bits do not depend on which
-other sequences are in the launch.
+all brought to the largest of their row maxima; the result of FlashAttention-2 (`own_keys`), whose O is divided by that
+sum already, as much as e to the power of its log-sum-exp. Splits are merged in order, so that the bits do not depend on
+which other sequences are in the launch.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ __all__ = ["FINISH_PARAMETERS", "FinishStep"]
 FINISH_PARAMETERS = {
     # As the decode kernels' of the same names.
     **dict.fromkeys(("k", "v", "out", "records", "partials", "partial_sums", "sinks"), int64),
+    # Results of `own_keys`, (number, token, head, dim) float32, and their log-sum-exps, (number, head, token).
+    **dict.fromkeys(("owns", "own_sums"), int64),
     **dict.fromkeys(("k_batch", "k_token", "k_head", "v_batch", "v_token", "v_head"), int64),
     **dict.fromkeys(("out_batch", "out_token", "out_head"), int64),
-    # Pieces of output to look at and of keys and values to append: 0 where there are no splits, or no new tokens.
+    # Pieces of output to look at and of keys and values to append: 0 where nothing is merged, or no tokens are new.
     **dict.fromkeys(("merged", "appended"), int64),
     **dict.fromkeys(("tokens", "q_heads", "kv_heads"), int32),
 }
@@ -38,19 +41,21 @@ FINISH_PARAMETERS = {
 class FinishStep:
     """The kernel, and how it is launched: a thread for each piece, those of the output first.
 
-    Nobody else reads or writes the pages meanwhile. `out` is written where the sequence was split.
+    Nobody else reads or writes the pages meanwhile. `out` is written where the sequence has several results.
 
     Attributes:
         head_dim: Elements of a row, padded to a multiple of 8.
         dtype: Of the pages.
         step_dtype: Of k, v and out.
         has_sinks: Each head has a sink logit.
+        has_owns: Sequences may have a result of `own_keys`.
     """
 
     head_dim: int
     dtype: str
     step_dtype: str
     has_sinks: bool = False
+    has_owns: bool = False
 
     threads = 256
     blocks = 4
@@ -67,24 +72,37 @@ class FinishStep:
 
     def kernel(self) -> Callable[..., None]:
         """Return the kernel, for Numba to compile with `signature`."""
-        D, SINKS, THREADS, RECORD_BYTES = self.head_dim, self.has_sinks, self.threads, RECORD.itemsize
+        D, SINKS, OWNS, THREADS, RECORD_BYTES = (
+            self.head_dim, self.has_sinks, self.has_owns, self.threads, RECORD.itemsize
+        )  # fmt: skip
         PIECES, LOG2 = self.head_dim // PIECE, float32(LOG2_E)
         ROW_BYTES, STEP_BYTES = self.head_dim * itemsize(self.dtype), itemsize(self.step_dtype)
         PAGE_BYTES = itemsize(self.dtype)
         NOTHING = float32(NOTHING_SEEN)
-        load_partial, load_step = load_elements(halved(D), "float32"), load_elements(IN_ORDER, self.step_dtype)
+        load_partial, load_own, load_step = (
+            load_elements(halved(D), "float32"), load_elements(IN_ORDER, "float32"),
+            load_elements(IN_ORDER, self.step_dtype),
+        )  # fmt: skip
         store_out, store_page = (store_elements(IN_ORDER, dtype) for dtype in (self.step_dtype, self.dtype))
 
         @cuda.jit(device=True, inline="always")  # a call would make Numba ask for a GPU
-        def merge(first_partial, splits, at, column, partials, partial_sums, sink, total_rows, O, part):
-            """Weighs the splits of one row; `at` is the row's number among `total_rows`."""
+        def merge(first_partial, splits, at, column, partials, partial_sums, sink, own, own_sum, total_rows, O, part):
+            """Weighs the results of one row; `at` is its number among `total_rows`, `own_sum` 0 where there is none."""
             top = sink
+            if OWNS and own_sum:
+                top = ptx.maximum(top, ptx.load_global_f32(own_sum) * LOG2)
             for split in range(splits):
                 row = int64(first_partial + split) * total_rows + at
                 top = ptx.maximum(top, ptx.load_global_f32(partial_sums + 8 * row))
             total = ptx.exp2(sink - top)
             for i in range(PIECE):
                 O[i] = float32(0)
+            if OWNS and own_sum:
+                weight = ptx.exp2(ptx.load_global_f32(own_sum) * LOG2 - top)
+                total += weight
+                load_own(own + column * 4, part)
+                for i in range(PIECE):
+                    O[i] += weight * part[i]
             for split in range(splits):
                 row = int64(first_partial + split) * total_rows + at
                 weight = ptx.exp2(ptx.load_global_f32(partial_sums + 8 * row) - top)
@@ -97,8 +115,8 @@ class FinishStep:
                 O[i] *= scale
 
         def finish_step(
-            k, v, out, records, partials, partial_sums, sinks, k_batch, k_token, k_head, v_batch, v_token, v_head,
-            out_batch, out_token, out_head, merged, appended, tokens, q_heads, kv_heads,
+            k, v, out, records, partials, partial_sums, sinks, owns, own_sums, k_batch, k_token, k_head, v_batch,
+            v_token, v_head, out_batch, out_token, out_head, merged, appended, tokens, q_heads, kv_heads,
         ):  # fmt: skip
             number = int64(ptx.block_x()) * THREADS + ptx.thread_x()
             O, part = cuda.local.array(PIECE, float32), cuda.local.array(PIECE, float32)
@@ -110,13 +128,18 @@ class FinishStep:
                 at = row - sequence * rows_each
                 record = records + RECORD_BYTES * sequence
                 splits = ptx.load_global_b32(record + 40)
-                if splits > 1:
+                number_of_own = int64(ptx.load_global_b32(record + 52)) if OWNS else int64(-1)
+                if splits > 1 or number_of_own >= 0:
                     token = at // q_heads
                     head = at - token * q_heads
                     sink = ptx.load_global_f32(sinks + 4 * head) * LOG2 if SINKS else NOTHING
+                    own, own_sum = int64(0), int64(0)
+                    if number_of_own >= 0:
+                        own = owns + (number_of_own * rows_each + at) * D * 4
+                        own_sum = own_sums + 4 * ((number_of_own * q_heads + head) * tokens + token)
                     merge(
                         ptx.load_global_b32(record + 36), splits, at, column, partials, partial_sums, sink,
-                        rows_each, O, part,
+                        own, own_sum, rows_each, O, part,
                     )  # fmt: skip
                     place = out + sequence * out_batch + token * out_token + head * out_head
                     store_out(place + column * STEP_BYTES, O)

@@ -71,13 +71,15 @@ class FlashV2:
     Attributes:
         variant: What it is specialised for.
         shape: How a block cuts the problem.
+        wide: The output is float32 whatever the dtype, for who merges it with more.
     """
 
     variant: Variant
     shape: TileShape
+    wide: bool = False
 
     @classmethod
-    def of(cls, variant: Variant, cc: tuple[int, int]) -> FlashV2:
+    def of(cls, variant: Variant, cc: tuple[int, int], *, wide: bool = False) -> FlashV2:
         """Return the kernel for a compute capability, in the shape that `shapes` has for it."""
         shape = tile_shape(
             variant.head_dim,
@@ -87,7 +89,7 @@ class FlashV2:
             scored=variant.scoring.in_log2_units,
             biased=bool(variant.scoring.bias),
         )
-        return cls(variant, shape)
+        return cls(variant, shape, wide)
 
     @property
     def threads(self) -> int:
@@ -207,7 +209,7 @@ class FlashV2:
                 return V_chunk(shared, 2 * (lane & 3), lane >> 4) + 4 * ((lane >> 2) & 3)
             return V_chunk(shared, lane & 15, lane >> 4)
 
-        if FLOAT32:
+        if FLOAT32 or self.wide:
             store_fragments = epilogue.store_fragments(warp, variant.value_dim)
 
             @cuda.jit(device=True, inline="always")

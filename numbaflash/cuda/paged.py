@@ -1,14 +1,15 @@
 """A step of many sequences whose keys and values lie in pages on the device: two launches, however many they are.
 
 The first attends, reading the pages and the step's own tokens; the second merges what was split and writes the tokens
-into their pages. So nothing that a page holds changes before attention is done.
+into their pages. So nothing that a page holds changes before attention is done. A step of many tokens attends to its
+own in a launch more (`own_keys`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from numbaflash.problem import FLOAT32, Scoring
 
 from .decode_variant import DECODE_PARAMETERS, DecodeVariant
 from .finish_step import FINISH_PARAMETERS, FinishStep
+from .own_keys import OwnKeys, first_own_key, own_parts, rounded, rounding
 from .paged_keys import ITEM, RECORD
 from .parameters import numpy_arguments, score_factors
 from .row_elements import PIECE
@@ -170,6 +172,7 @@ class _Call:
             record["sink_slots"], record["ring_slots"] = layout.sink_slots, layout.ring_slots
             record["kept_from"] = max(layout.sink_tokens, sequence.length + tokens - layout.ring_tokens)
             record["splits"], record["page_shift"] = 1, layout.page_size.bit_length() - 1
+            record["end"], record["own"] = sequence.start + tokens, -1
         self.common = {"kv_heads": layer.kv_heads, "tokens": tokens}
 
     def attend(self, q: DeviceArray, tail: _Tail | None, scoring: Scoring, out: DeviceArray) -> None:
@@ -179,12 +182,15 @@ class _Call:
         rows = self.tokens * (q_heads // layer.kv_heads)
         kernel = _kernel(DecodeVariant.of(self.width, layer.dtype, q.dtype, scoring, self.tokens), rows)
         row_blocks = -(-rows // kernel.rows)
-        items = self._split(rows, layer.kv_heads * row_blocks)
-        split = self.records["splits"] > 1
+        own_keys = self._own_keys(tail)
+        items = self._split(rows, layer.kv_heads * row_blocks, own_keys)
+        results = int(self.records["own"].max()) + 1
         # All of these live until the launches that read them are queued.
         uploaded = queue.place(np.concatenate([self.records.view(np.uint8), items.view(np.uint8)]))
-        partials = (int(self.records["splits"][split].sum()), self.tokens, q_heads)
+        partials = (int((items["partial"] >= 0).sum()), self.tokens, q_heads)
         outs, sums = queue.empty((*partials, self.width), FLOAT32), queue.empty((*partials, 2), FLOAT32)
+        owns = queue.empty((results, self.tokens, q_heads, self.width), FLOAT32)
+        own_sums = queue.empty((results, q_heads, self.tokens), FLOAT32)
         whole = out if self.width == layer.head_dim else queue.empty((*out.shape[:3], self.width), out.dtype)
         slopes, sinks = (
             None if array is None else queue.place(array) for array in (scoring.alibi_slopes, scoring.sink_logits)
@@ -198,6 +204,8 @@ class _Call:
             "items": uploaded.address + self.records.nbytes,
             "partials": outs.address,
             "partial_sums": sums.address,
+            "owns": owns.address,
+            "own_sums": own_sums.address,
             "slopes": 0 if slopes is None else slopes.address,
             "sinks": 0 if sinks is None else sinks.address,
             "q_heads": q_heads,
@@ -205,44 +213,89 @@ class _Call:
             "factor": factor,
             "cap": cap,
         }
-        queue.launch(kernel, (len(items), layer.kv_heads, row_blocks), numpy_arguments(DECODE_PARAMETERS, values))
-        self._finish(values, math.prod(q.shape[:3]) if split.any() else 0, tail, sinks=sinks is not None)
+        if len(items):
+            queue.launch(kernel, (len(items), layer.kv_heads, row_blocks), numpy_arguments(DECODE_PARAMETERS, values))
+        if tail is not None:
+            self._attend_to_own(own_keys, OwnKeys(queue, q, *tail, scoring, slopes, sinks), whole, owns, own_sums)
+        merged = math.prod(q.shape[:3]) if partials[0] or results else 0
+        self._finish(values, merged, tail, sinks=sinks is not None, owns=results > 0)
         if whole is not out:
             queue.copy_rows(whole, out)
 
     def append(self, tail: _Tail) -> None:
         """Queue what makes the step's tokens part of the pages."""
         records = self.queue.place(self.records.view(np.uint8))
-        unused = dict.fromkeys(("partials", "partial_sums", "sinks", "q_heads"), 0)
+        unused = dict.fromkeys(("partials", "partial_sums", "owns", "own_sums", "sinks", "q_heads"), 0)
         values = {**self.common, **_places(out=None, **_of(tail)), **unused, "records": records.address}
-        self._finish(values, 0, tail, sinks=False)
+        self._finish(values, 0, tail, sinks=False, owns=False)
 
-    def _finish(self, values: dict[str, Any], merged_rows: int, tail: _Tail | None, *, sinks: bool) -> None:
+    def _finish(self, values: dict[str, Any], merged_rows: int, tail: _Tail | None, *, sinks: bool, owns: bool) -> None:
         """Queue the merge of so many rows and the append of the step's tokens, where there is either."""
         pieces = self.width // PIECE
         merged, appended = merged_rows * pieces, 0 if tail is None else 2 * math.prod(tail.k.shape[:3]) * pieces
         if merged + appended:
-            kernel = FinishStep(self.width, self.layer.dtype.name, self.dtype.name, sinks and merged > 0)
+            kernel = FinishStep(self.width, self.layer.dtype.name, self.dtype.name, sinks and merged > 0, owns)
             values = values | {"merged": merged, "appended": appended}
             self.queue.launch(kernel, kernel.grid(merged + appended), numpy_arguments(FINISH_PARAMETERS, values))
 
-    def _split(self, rows: int, blocks: int) -> NDArray[Any]:
+    def _attend_to_own(
+        self,
+        own_keys: Sequence[int | None],
+        step: OwnKeys,
+        out: DeviceArray,
+        results: DeviceArray,
+        sums: DeviceArray,
+    ) -> None:
+        """Queue what FlashAttention-2 does for the sequences that have a first key of their own."""
+        windows = [sequence.layout.window for sequence in self.sequences]
+        parts = list(own_parts(own_keys, windows, self.records["own"].tolist(), self.tokens))
+        if parts and rounding(self.layer.dtype.name, self.dtype.name):
+            k, v = (rounded(self.queue, array, self.layer.dtype.name) for array in (step.k, step.v))
+            step = replace(step, k=k, v=v)
+        for part in parts:
+            step.attend(part, out, results, sums)
+
+    def _own_keys(self, tail: _Tail | None) -> list[int | None]:
+        """Return `first_own_key` of each sequence."""
+        if tail is None:
+            return [None] * len(self.sequences)
+        return [
+            first_own_key(
+                sequence.length,
+                self.tokens,
+                sequence.layout.window,
+                sequence.layout.sink_tokens,
+                self.layer.dtype.name,
+                self.dtype.name,
+            )
+            for sequence in self.sequences
+        ]
+
+    def _split(self, rows: int, blocks: int, own_keys: Sequence[int | None]) -> NDArray[Any]:
         """Part the keys of each sequence, note it in the records, and return the work list."""
         items: list[tuple[int, int, int, int]] = []
-        partials = 0
-        for index, (record, sequence) in enumerate(zip(self.records, self.sequences, strict=True)):
+        partials = results = 0
+        for index, (record, sequence, own) in enumerate(zip(self.records, self.sequences, own_keys, strict=True)):
             # The keys of the oldest row are the first ones, of the newest the last.
             layout = sequence.layout
             oldest = max(layout.sink_tokens, sequence.start - layout.window + 1)
-            end = sequence.start + self.tokens
+            end = sequence.start + self.tokens if own is None else sequence.length + own
             keys = min(layout.sink_tokens, end) + max(0, end - oldest)
+            record["end"] = end
+            if not keys:
+                record["splits"] = 0
+                continue
+            if own is not None:
+                record["own"] = results
+                results += 1
             size = split_keys(keys, rows, self.width, self.layer.dtype.itemsize, blocks, self.queue.device)
             splits = -(-keys // size)
             record["first_partial"], record["splits"] = partials, splits
+            several = splits > 1 or own is not None
             items += [
-                (index, i * size, min(keys, (i + 1) * size), partials + i if splits > 1 else -1) for i in range(splits)
+                (index, i * size, min(keys, (i + 1) * size), partials + i if several else -1) for i in range(splits)
             ]
-            partials += splits if splits > 1 else 0
+            partials += splits if several else 0
         return np.array(items, ITEM)
 
 

@@ -5,7 +5,7 @@ of a work list; both lie in device memory as the structures below say. A step's 
 they are read from the caller's arrays.
 
 The keys that a row block sees are numbered without gaps: the sink tokens first, then the window of its oldest row, up
-to the position of its newest.
+to the position of its newest, or to where the launch ends to look.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ RECORD = np.dtype(
         ("first_partial", np.int32),  # of the sequence's splits
         ("splits", np.int32),
         ("page_shift", np.int32),  # log2 of the tokens of a page
+        ("end", np.int32),  # position behind the last key that is looked at
+        ("own", np.int32),  # number of the result about the keys behind it (`own_keys`), -1 where there are none
     ]
 )
 """A sequence of a launch."""
@@ -74,7 +76,7 @@ def list_keys() -> Any:
         start, length = ptx.load_global_b32(record + 8), ptx.load_global_b32(record + 12)
         window, sink_tokens = ptx.load_global_b32(record + 16), ptx.load_global_b32(record + 20)
         sink_slots, ring_slots = ptx.load_global_b32(record + 24), ptx.load_global_b32(record + 28)
-        end = int32(start + rows.last_token + 1)
+        end = min(int32(start + rows.last_token + 1), ptx.load_global_b32(record + 48))
         sinks = min(sink_tokens, end)
         first = max(sink_tokens, int32(start + rows.first_token - window + 1))
         first_page = int32((first - sink_tokens) >> page_shift)

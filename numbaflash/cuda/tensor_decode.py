@@ -177,6 +177,7 @@ class TensorDecode:
                     token = row // group
                     source = q + sequence * q_batch + token * q_token + (kv_head * group + row - token * group) * q_head
                     copy_chunks(Q_chunk(shared, int32(r), lane_chunk), source, first_row + r <= last_row, lane_chunk)
+            ptx.cp_async_commit()  # of its own, for a block whose rows see no key of the item has no other
             if first < end:
                 copy_K(shared, keys, first, end, kv_head, int64(0), k_tail, k_token)
 
