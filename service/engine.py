@@ -1,8 +1,7 @@
 """The one thread that owns the device: it takes the steps that wait, and computes them, several at once where it can.
 
-Steps of one session are computed in the order in which they came. Steps of different sessions that are alike (same
-layer, same number of tokens, same heads) and small are computed together in one launch. Where there are several
-callers, they take turns.
+What is computed next, and what of it together, is `backlog.py`'s to say. On the CPU a large step is computed in parts,
+so that small ones of other sessions go between them; devices compute it in one piece.
 
 Only a session that has the service to itself is served without the thread: while nothing waits or runs there, the event
 loop takes its short steps at once.
@@ -12,19 +11,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final, TypeAlias, TypeVar
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import grpc
 from numpy.typing import NDArray
 
 import numbaflash
+from numbaflash.cpu import pausing
 
+from .backlog import Backlog, Errand, Work
 from .errors import BadTensorError, ExhaustedError, PositionMismatchError, QueueFullError, ServiceError
 from .limits import Limit
 from .metrics import Metrics
@@ -32,7 +31,6 @@ from .principals import Principal
 from .replay import Answer, Answers
 from .scratch import Scratch
 from .steps import Done, Outcome, Step
-from .turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -42,21 +40,6 @@ _BRIEF_BYTES: Final = 2 << 20
 _SHORTEST_RETRY: Final = 0.02
 _LONGEST_RETRY: Final = 5.0
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Errand:
-    run: Callable[[], None]
-    owner: Principal | None
-
-
-_Work: TypeAlias = Step | _Errand | None  # the last of which ends the thread
-
-
-def _owner(work: _Work) -> Principal | None:
-    if work is None:
-        return None
-    return work.session.owner if isinstance(work, Step) else work.owner
 
 
 class Engine:
@@ -90,18 +73,17 @@ class Engine:
         self._answers = answers
         self._steps = Limit(max_steps, "steps are waiting", shared=shared)
         self._bytes = Limit(max_bytes, "bytes of steps are waiting", shared=shared)
-        self._turns: Turns[_Work] | None = Turns(_owner) if shared else None
         self._max_wait_ns = int(max_wait * 1e9)
         self._last_wait = 0.0  # of a step that was computed, in seconds
-        self._max_batch = max_batch
         self._batch_wait = batch_wait
-        self._small = small
         self._metrics = metrics
         self._calls = 0  # functions waiting or running
         self._last_session = ""
-        self._inbox: queue.SimpleQueue[_Work] = queue.SimpleQueue()
+        self._backlog = Backlog(max_batch=max_batch, batch_wait=batch_wait, small=small, shared=shared)
         self._loop = asyncio.get_running_loop()
-        self._scratch = Scratch()
+        self._scratch, self._spare_scratch = Scratch(), Scratch()
+        self._charged_until = 0.0  # on the clock of `time.perf_counter`
+        self._aside_ns = 0  # spent on small steps between the parts of large ones
         self._thread = threading.Thread(target=self._run, name="numbaflash-engine", daemon=True)
         self._thread.start()
 
@@ -143,7 +125,7 @@ class Engine:
         if lone and self._is_brief(step):
             self._deliver(self._compute([step]))
         else:
-            self._inbox.put(step)
+            self._backlog.put(step)
 
     def refuse(self, step: Step, error: ServiceError) -> None:
         """Answer a step that is counted in, and was not started."""
@@ -154,7 +136,7 @@ class Engine:
 
         Args:
             function: What to run.
-            owner: Whose it is: it waits for that caller's steps alone. None: for all.
+            owner: Whose it is; see `Errand`.
         """
         done: asyncio.Future[T] = self._loop.create_future()
 
@@ -167,78 +149,47 @@ class Engine:
                 self._loop.call_soon_threadsafe(self._resolve_call, done, result)
 
         self._calls += 1
-        self._inbox.put(_Errand(run, owner))
+        self._backlog.put(Errand(run, owner))
         return await done
 
     async def stop(self) -> None:
         """Compute what waits, and end the thread."""
-        self._inbox.put(None)
+        self._backlog.put(None)
         await asyncio.to_thread(self._thread.join)
 
     # -- the engine's thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        waiting: deque[_Work] = deque()
-        while True:
-            self._receive(waiting)
-            if self._turns:
-                self._turns.arrange(waiting)
-            first = waiting.popleft()
-            if first is None:
-                return
-            if isinstance(first, _Errand):
-                first.run()
-                continue
-            batch = self._batch(first, waiting)
-            started = time.perf_counter()
-            self._loop.call_soon_threadsafe(self._deliver, self._compute(batch))
-            if self._turns:
-                self._turns.charge(batch, (time.perf_counter() - started) / len(batch))
+        while (work := self._backlog.take()) is not None:
+            if isinstance(work, list) and not self._backlog.is_small(work[0]):
+                for earlier in self._backlog.take_before(work[0], begun=False):
+                    self._do(earlier)
+            self._do(work)
 
-    def _receive(self, waiting: deque[_Work]) -> None:
-        """Move what has arrived to `waiting`, which then holds something at least."""
-        if not waiting:
-            waiting.append(self._inbox.get())
-        if self._batch_wait and isinstance(waiting[0], Step) and waiting[0].form.tokens < self._small:
-            until = waiting[0].arrived_ns / 1e9 + self._batch_wait
-            while len(waiting) < self._max_batch and (left := until - time.perf_counter_ns() / 1e9) > 0:
-                try:
-                    waiting.append(self._inbox.get(timeout=left))
-                except queue.Empty:
-                    break
-        while True:
-            try:
-                waiting.append(self._inbox.get_nowait())
-            except queue.Empty:
-                return
+    def _do(self, work: Work) -> None:
+        self._charged_until = time.perf_counter()
+        if isinstance(work, Errand):
+            work.run()
+        else:
+            self._loop.call_soon_threadsafe(self._deliver, self._compute(work))
+            self._charge(work)
 
-    def _batch(self, first: Step, waiting: deque[_Work]) -> list[Step]:
-        """Take out of `waiting` what can be computed together with `first`."""
-        batch = [first]
-        kind = self._kind(first)
-        if kind is None or not waiting:
-            return batch
-        passed = {first.session.id}  # no step overtakes an earlier one of its session
-        left: deque[_Work] = deque()
-        while waiting and len(batch) < self._max_batch:
-            step = waiting.popleft()
-            if not isinstance(step, Step):  # nor a call, which may end a session
-                waiting.appendleft(step)
-                break
-            if step.session.id not in passed and self._kind(step) == kind:
-                batch.append(step)
-            else:
-                left.append(step)
-            passed.add(step.session.id)
-        waiting.extendleft(reversed(left))
-        return batch
+    def _charge(self, steps: list[Step]) -> None:
+        """Count the time since the last count as the steps'."""
+        now = time.perf_counter()
+        self._backlog.charge(steps, (now - self._charged_until) / len(steps))
+        self._charged_until = now
 
-    def _kind(self, step: Step) -> tuple[object, ...] | None:
-        """What steps must have in common to be computed together; None: computed alone."""
-        form = step.form
-        if form.tokens >= self._small or form.arrays or len(form.layout.tensors) != 3:
-            return None
-        return step.layer, form.alike
+    def _pause(self, large: Step) -> None:
+        """Let small steps go between two parts of a large one."""
+        paused_ns = time.perf_counter_ns()
+        self._charge([large])
+        self._scratch, self._spare_scratch = self._spare_scratch, self._scratch
+        for work in self._backlog.take_before(large, begun=True):
+            self._do(work)
+        self._scratch, self._spare_scratch = self._spare_scratch, self._scratch
+        self._charged_until = time.perf_counter()
+        self._aside_ns += time.perf_counter_ns() - paused_ns
 
     def _compute(self, batch: list[Step]) -> list[tuple[Step, Outcome]]:
         """Take steps; what comes back for each is None where it was taken back before."""
@@ -306,22 +257,9 @@ class Engine:
     def _launch(self, steps: list[Step]) -> list[tuple[Step, Outcome]]:
         """Compute steps that are ready, in one launch."""
         self._answers.make_room(sum(step.form.out_nbytes for step in steps))
-        self._scratch.clear()
-        outs: list[NDArray[Any] | None]
-        if len(steps) > 1:
-            stacked, options = self._stack(steps)
-            started = time.perf_counter_ns()
-            out = numbaflash.attention_batch([step.cache for step in steps], steps[0].layer, **stacked, **options)
-            # Each answer its own memory: one that is kept must not keep the others.
-            outs = [row.copy() for row in out]
-        else:
-            (step,) = steps
-            tensors, options = step.form.arguments(self._scratch.align(step.payload))
-            cache = step.cache
-            method = cache.step if len(tensors) == 3 else cache.append if "k" in tensors else cache.attend
-            started = time.perf_counter_ns()
-            outs = [method(step.layer, **tensors, **options)]
-        kernel_ns = time.perf_counter_ns() - started
+        aside_ns = self._aside_ns
+        started, outs = self._attend(steps)
+        kernel_ns = time.perf_counter_ns() - started - (self._aside_ns - aside_ns)
         queue_ns = [started - step.arrived_ns for step in steps]
         self._last_wait = queue_ns[0] / 1e9
         self._metrics.launched(steps[0].form.tokens, queue_ns, kernel_ns)
@@ -329,6 +267,25 @@ class Engine:
             (step, Done(self._keep(step, out), False, waited_ns, kernel_ns, len(steps)))
             for step, out, waited_ns in zip(steps, outs, queue_ns, strict=True)
         ]
+
+    def _attend(self, steps: list[Step]) -> tuple[int, list[NDArray[Any] | None]]:
+        """Step the caches; return when the computation started, in nanoseconds, and the outputs."""
+        self._scratch.clear()
+        if len(steps) > 1:
+            stacked, options = self._stack(steps)
+            started = time.perf_counter_ns()
+            out = numbaflash.attention_batch([step.cache for step in steps], steps[0].layer, **stacked, **options)
+            # Each answer its own memory: one that is kept must not keep the others.
+            return started, [row.copy() for row in out]
+        (step,) = steps
+        tensors, options = step.form.arguments(self._scratch.align(step.payload))
+        cache = step.cache
+        method = cache.step if len(tensors) == 3 else cache.append if "k" in tensors else cache.attend
+        started = time.perf_counter_ns()
+        if self._backlog.is_small(step):
+            return started, [method(step.layer, **tensors, **options)]
+        with self._answers.promise(step.form.out_nbytes), pausing(partial(self._pause, step)):
+            return started, [method(step.layer, **tensors, **options)]
 
     def _stack(self, steps: list[Step]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Put steps that are alike next to each other: (N, T, heads, D), and the options that they share."""
@@ -356,7 +313,7 @@ class Engine:
             return False
         token_bytes = 2 * cache.num_kv_heads * cache.head_dim * cache.dtype.itemsize
         tokens = min(step.position, cache.layout.window) + form.tokens
-        return not self._batch_wait and form.tokens < self._small and tokens * token_bytes <= _BRIEF_BYTES
+        return not self._batch_wait and self._backlog.is_small(step) and tokens * token_bytes <= _BRIEF_BYTES
 
     def _resolve_call(self, done: asyncio.Future[Any], outcome: object) -> None:
         self._calls -= 1

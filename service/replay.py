@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -61,6 +63,7 @@ class Answers:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._nbytes = 0
+        self._promised = 0
         self._answers: OrderedDict[tuple[str, int], Answer] = OrderedDict()  # oldest first
 
     @property
@@ -78,7 +81,7 @@ class Answers:
         Raises:
             KVBudgetError: The answers that could be dropped are not enough; none is.
         """
-        excess = self._nbytes + nbytes - self._limit
+        excess = self._nbytes + self._promised + nbytes - self._limit
         if excess <= 0:
             return
         drop = []
@@ -95,6 +98,15 @@ class Answers:
             )
         for key in drop:
             self.forget(*key)
+
+    @contextmanager
+    def promise(self, nbytes: int) -> Iterator[None]:
+        """Hold the room that was made for an answer while others are kept."""
+        self._promised += nbytes
+        try:
+            yield
+        finally:
+            self._promised -= nbytes
 
     def keep(self, session_id: str, layer: int, answer: Answer) -> None:
         """Put the answer of a layer's newest step in the place of the one before."""

@@ -49,6 +49,10 @@ class Turns(Generic[T]):
                 waiting.popleft()
             waiting.extendleft(reversed(merged))
 
+    def is_level(self, owner: Principal, other: Principal) -> bool:
+        """Say whether a caller is another, or has had no more time than that."""
+        return owner is other or self._time(owner) <= self._time(other)
+
     def charge(self, items: Iterable[T], seconds: float) -> None:
         """Count the time that some items took, so much for each."""
         for item in items:

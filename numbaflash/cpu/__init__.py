@@ -1,5 +1,6 @@
 """The CPU backend: Numba kernels with LLVM vector micro-kernels, over keys and values that lie in runs of tokens."""
 
+from .pauses import pausing
 from .runs import RUN_FIELDS, UNBOUNDED, Codes, KVRuns, Visibility, contiguous_run
 from .solve import SPLIT_KV_MAX_TOKENS, attend_runs, attention, readable
 
@@ -13,5 +14,6 @@ __all__ = [
     "attend_runs",
     "attention",
     "contiguous_run",
+    "pausing",
     "readable",
 ]

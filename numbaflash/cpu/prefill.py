@@ -43,7 +43,7 @@ def prefill(task_address, scratch):
     """Take work items until there are none; any number of threads may run this at once, each with its own scratch."""
     task = task_at(task_address)
     pairs = task.sequences * task.kv_heads
-    stretches = task.items // pairs
+    stretches = (task.q_tokens * task.group + task.rows_per_item - 1) // task.rows_per_item
     while True:
         item = take_item(task_address)
         if item >= task.items:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import BFLOAT16, FLOAT16, FLOAT32, AttentionProblem, Scoring
-from . import emit
+from . import emit, pauses
 from .decode import DECODE_SCRATCH, decode, partial_bytes, plan_decode
 from .flash_v1 import V1_SCRATCH, flash_v1
 from .kv import TILE_KEYS
@@ -27,6 +28,9 @@ SPLIT_KV_MAX_TOKENS = 8
 # Less than that is done before a second thread has woken up: K and V read by decode, multiply-adds of a prefill.
 _SHARED_FROM_BYTES = 1 << 20
 _SHARED_FROM_FMAS = 1 << 22
+
+# Multiply-adds between two pauses: 20 ms at 200 GFLOP/s, which two cores do.
+_PART_FMAS = 1 << 31
 
 _CODES = {FLOAT32: emit.FLOAT32, FLOAT16: emit.FLOAT16, BFLOAT16: emit.BFLOAT16, np.dtype(np.bool_): BOOL_BIAS}
 
@@ -122,7 +126,7 @@ class _Call:
         self.is_empty = self.out.size == 0
         if q_bounds is not None:
             tokens = int((q_bounds[1:] - q_bounds[:-1]).max(initial=0))
-        self._tokens = tokens
+        self._tokens: int = tokens
         self._runs = runs
         self._pairs = (len(runs.bounds) - 1) * runs.kv_heads
         self._panels = -(-tokens * (q_heads // runs.kv_heads) // PANEL_ROWS)
@@ -136,8 +140,11 @@ class _Call:
             return
         # Several items a thread, so that no thread waits long for the last one.
         per_item = min(max(self._pairs * self._panels // (4 * thread_count()), 1), MAX_ITEM_ROWS // PANEL_ROWS)
+        if pauses.are_wanted():  # a part is an item for each thread at least
+            panels_per_part = _PART_FMAS * self._pairs * self._panels // self._fmas
+            per_item = min(per_item, max(panels_per_part // thread_count(), 1))
         self._task["rows_per_item"] = per_item * PANEL_ROWS
-        self._run(prefill, PREFILL_SCRATCH, self._pairs * -(-self._panels // per_item))
+        self._run_in_parts(prefill, PREFILL_SCRATCH, self._pairs * -(-self._panels // per_item))
 
     def _decode(self) -> None:
         items = plan_decode(self._task.ctypes.data)
@@ -148,7 +155,7 @@ class _Call:
             splits_done = np.zeros(items // splits, np.int64)
             self._task["splits_done"] = splits_done.ctypes.data
             self._keep_alive += (splits_done,)
-        self._run(decode, DECODE_SCRATCH, items)
+        self._run_in_parts(decode, DECODE_SCRATCH, items)
 
     def flash_v1(self) -> None:
         """FlashAttention-1; its threads share heads alone."""
@@ -173,6 +180,17 @@ class _Call:
         self._task["workspace"] = workspace.ctypes.data
         self._keep_alive += (workspace,)
 
+    def _run_in_parts(self, kernel: Any, scratch_bytes: int, items: int) -> None:
+        """Run a kernel whose items do not depend on how many there are, with pauses where they are wanted."""
+        part = max(_PART_FMAS * items // self._fmas, thread_count()) if pauses.are_wanted() else items
+        self._run(kernel, scratch_bytes, min(part, items))
+        for first in range(part, items, part):
+            pauses.pause()
+            # A helper that wakes up late must find the counter of the part that it was asked for.
+            self._task = self._task.copy()
+            self._task["next_item"] = self._task["items_done"] = first
+            self._run(kernel, scratch_bytes, min(first + part, items))
+
     def _run(self, kernel: Any, scratch_bytes: int, items: int) -> None:
         self._task["items"] = items
         helpers = min(thread_count(), items) - 1 if items > 1 and self._is_worth_sharing() else 0
@@ -181,10 +199,20 @@ class _Call:
 
     def _is_worth_sharing(self) -> bool:
         runs = self._runs
-        elements = int(runs.table[:, COUNT].sum()) * (runs.head_dim + runs.value_dim)
-        if self._tokens <= SPLIT_KV_MAX_TOKENS and elements * runs.kv_heads * runs.dtype.itemsize > _SHARED_FROM_BYTES:
-            return True
-        return bool(elements * self.out.shape[-2] * self._tokens > _SHARED_FROM_FMAS)
+        nbytes = self._elements * runs.kv_heads * runs.dtype.itemsize
+        is_decode = self._tokens <= SPLIT_KV_MAX_TOKENS
+        return (is_decode and nbytes > _SHARED_FROM_BYTES) or self._fmas > _SHARED_FROM_FMAS
+
+    @property
+    def _fmas(self) -> int:
+        """Multiply-adds, were every key seen by all queries of its sequence; at least 1."""
+        q_heads: int = self.out.shape[-2]
+        return max(self._elements * q_heads * self._tokens, 1)
+
+    @cached_property
+    def _elements(self) -> int:
+        """Elements of one head's keys and values."""
+        return int(self._runs.table[:, COUNT].sum()) * (self._runs.head_dim + self._runs.value_dim)
 
 
 def _describe(
