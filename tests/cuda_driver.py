@@ -41,6 +41,7 @@ class Driver:
         memory: Device memory.
         current: The calling thread's context; threads share it.
         live: Bytes by address, of the memory pool's allocations.
+        refuses_graphs: No graph can be made.
     """
 
     def __init__(self, builds: Path) -> None:
@@ -49,11 +50,13 @@ class Driver:
         self.current = 0
         self.pushed: list[int] = []
         self.live: dict[int, int] = {}
+        self.refuses_graphs = False
         self._builds = builds
         self._handles = 0x10000
         self._kernels: dict[int, emulator.Kernel] = {}
         self._shared: dict[int, int] = {}
         self._functions: dict[str, object] = {}
+        self._graphs: dict[int, list[tuple[object, ...]]] = {}
 
     def resolve(self, symbol, function, _version, _flags, status):
         name = symbol.decode()
@@ -261,18 +264,67 @@ class Driver:
 
     def cuLaunchKernelEx(self, config, function, parameters):
         *dimensions, shared, stream, _attributes, count = struct.unpack("7I4xQQI", ctypes.string_at(config, 52))
-        kernel = self._kernels[function]
         assert not count
-        assert self.current == CONTEXT
         if shared > self._shared.get(function, 48 << 10):
             return INVALID_VALUE
+        self._run(function, dimensions, shared, self._values(function, parameters))
+        self.calls.append(("launch", self._kernels[function].name, tuple(dimensions[:3]), stream))
+        return DONE
+
+    def _values(self, function, parameters):
+        """The kernel's arguments, as they are now."""
         values = []
-        for position, (parameter, _) in enumerate(kernel.translation.program.params):
+        for position, (parameter, _) in enumerate(self._kernels[function].translation.program.params):
             raw = ctypes.string_at(Pointer.from_address(parameters + 8 * position).value, parameter.size)
             values.append(np.frombuffer(raw, f"{'f' if parameter.type[0] == 'f' else 'i'}{parameter.size}")[0])
-        kernel.run(self.memory, dimensions[:3], dimensions[3:], *values, shared=shared)
-        self.calls.append(("launch", kernel.name, tuple(dimensions[:3]), stream))
+        return values
+
+    def _run(self, function, dimensions, shared, values):
+        assert self.current == CONTEXT
+        self._kernels[function].run(self.memory, dimensions[:3], dimensions[3:], *values, shared=shared)
+
+    # ---- graphs
+
+    def cuGraphCreate(self, graph, flags):
+        handle = self._handle()
+        self._graphs[handle] = []
+        write(graph, handle)
+
+    def cuGraphDestroy(self): ...
+
+    def cuGraphExecDestroy(self): ...
+
+    def cuUserObjectCreate(self, made):
+        write(made, self._handle())
+
+    def cuUserObjectRelease(self): ...
+
+    def cuGraphRetainUserObject(self): ...
+
+    cuGraphReleaseUserObject = cuGraphRetainUserObject
+
+    def cuGraphAddKernelNode(self, node, graph, dependencies, count, parameters):
+        """Add a launch behind the last one; its arguments are taken now, what they point to when it runs."""
+        nodes = self._graphs[graph]
+        assert count == bool(nodes)
+        assert not nodes or Pointer.from_address(dependencies).value == nodes[-1][0]
+        *dimensions, shared, arguments, _, function = struct.unpack("8x7I4x3Q", ctypes.string_at(parameters, 64))
+        nodes.append((self._handle(), function, dimensions, shared, self._values(function, arguments)))
+        write(node, nodes[-1][0])
+
+    def cuGraphInstantiateWithParams(self, executable, graph, parameters):
+        if self.refuses_graphs:
+            return NOT_SUPPORTED
+        handle = self._handle()
+        self._graphs[handle] = list(self._graphs[graph])
+        write(executable, handle)
+        self.calls.append(("capture", len(self._graphs[handle])))
         return DONE
+
+    def cuGraphLaunch(self, executable, stream):
+        for _, *launch in self._graphs[executable]:
+            self._run(*launch)
+        self.calls.append(("replay", stream))
 
 
 def write(address, value, code="Q"):

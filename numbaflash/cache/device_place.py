@@ -19,6 +19,7 @@ from ..cuda.callers import Result, caller_stream
 from ..cuda.device import Device, EmulatedDevice
 from ..cuda.gpu import CudaDevice, cuda_device
 from ..cuda.paged import PagedLayer
+from ..cuda.scratch import Scratch
 from ..cuda.solve import Queue
 from ..device_arrays import AnyArray, DeviceArray, is_on_gpu, view
 from ..problem import Scoring
@@ -52,6 +53,8 @@ class DevicePlace(Place):
 
     def __init__(self, device: Device, *, one_at_a_time: bool = False) -> None:
         self.device = device
+        # Only a GPU replays launches; on the emulator arrays of their own are checked better.
+        self._scratch = Scratch(device) if isinstance(device, CudaDevice) else None
         self._alone: AbstractContextManager[Any] = threading.RLock() if one_at_a_time else nullcontext()
 
     def open(self, shape: CacheShape) -> tuple[tuple[Pool, ...], list[Layer]]:
@@ -141,8 +144,9 @@ class DevicePlace(Place):
                 leader = given[on_gpu[0]] if on_gpu else None
                 arrays = [array for array in views.values() if isinstance(array, DeviceArray)]
                 stream = caller_stream(self.device, leader, arrays)
-            with all_used_by(stream, [ring.pool for ring in rings]), self._alone:
-                yield Queue(self.device, stream)
+            scratch = nullcontext() if self._scratch is None else self._scratch.lent(stream)
+            with all_used_by(stream, [ring.pool for ring in rings]), self._alone, scratch as arena:
+                yield Queue(self.device, stream, arena)
 
 
 def _batched(array: AnyArray) -> AnyArray:

@@ -49,8 +49,12 @@ class Result:
 
     def __init__(self, queue: Queue, template: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self._queue, self._template = queue, template
-        self._theirs = empty_like(template, shape, dtype) if is_on_gpu(template) else None
-        self.array: Any = queue.empty(shape, dtype) if self._theirs is None else view(self._theirs, "out")
+        if not is_on_gpu(template):
+            self._theirs = None
+            self.array: Any = queue.temporary(shape, dtype)
+            return
+        self._theirs = empty_like(template, shape, dtype)
+        self.array = queue.empty(shape, dtype) if self._theirs is None else view(self._theirs, "out")
 
     def handed_over(self) -> Any:
         """Return it; what is in host memory is complete, what is on a GPU is so in the order of the queue's stream."""

@@ -13,7 +13,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,6 +93,16 @@ class Kernel(ABC):
         """
 
 
+class Launch(NamedTuple):
+    """What `Kernel.launch` takes."""
+
+    kernel: Kernel
+    grid: Dimensions
+    block: Dimensions
+    args: tuple[Scalar, ...]
+    shared: int
+
+
 class Device(ABC):
     """A place where kernels run.
 
@@ -142,6 +152,11 @@ class Device(ABC):
             cubin: The same as machine code for this device, where there is any: a driver that is older than the
                 compiler runs it, but not its PTX.
         """
+
+    def launch_all(self, launches: Sequence[Launch], stream: Stream | None = None) -> None:
+        """Runs kernels one after the other."""
+        for launch in launches:
+            launch.kernel.launch(launch.grid, launch.block, *launch.args, shared=launch.shared, stream=stream)
 
     @abstractmethod
     def copy_in(self, address: int, source: NDArray[Any], stream: Stream | None = None) -> None:

@@ -6,7 +6,7 @@ cuda.core and the driver's bindings are imported when a device is made, so that 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from numbaflash.device_arrays import DeviceArray
 
-from .device import Buffer, Device, Dimensions, Event, Kernel, Scalar, Stream
+from .device import Buffer, Device, Dimensions, Event, Kernel, Launch, Scalar, Stream
 from .driver import LEAST_COMPUTE_CAPABILITY, Gpu, bindings, checked, find_gpus
+from .replays import Replays
 
 __all__ = ["CudaDevice", "cuda_device", "exported"]
 
@@ -48,6 +49,9 @@ class CudaDevice(Device):
 
     All threads may use it at the same time, each within `current`; what they queue on one stream is done in the order
     in which it was queued.
+
+    Attributes:
+        replays: Graphs of launches that come again; `replays.enabled = False` launches every kernel by itself.
     """
 
     def __init__(self, gpu: Gpu) -> None:
@@ -68,6 +72,7 @@ class CudaDevice(Device):
             self.multiprocessors = int(self._core.properties.multiprocessor_count)
             self.default_stream: Stream = _CudaStream(self._core.default_stream)
         self._kernels: dict[bytes, _CudaKernel] = {}
+        self.replays = Replays(_graph)
 
     @contextmanager
     def current(self) -> Iterator[object]:
@@ -111,6 +116,11 @@ class CudaDevice(Device):
             kernel = self._kernels.setdefault(code, _CudaKernel(self.ordinal, code, entry, bool(cubin)))
         kernel.allow_shared(max_shared)
         return kernel
+
+    def launch_all(self, launches: Sequence[Launch], stream: Stream | None = None) -> None:
+        """Runs kernels one after the other: as a graph, where the same launches have come before."""
+        if not self.replays.run(launches, self.default_stream if stream is None else stream):
+            super().launch_all(launches, stream)
 
     def copy_in(self, address: int, source: NDArray[Any], stream: Stream | None = None) -> None:
         """Copies a C-contiguous array to device memory."""
@@ -211,7 +221,7 @@ class _CudaKernel(Kernel):
         load = core.ObjectCode.from_cubin if is_cubin else core.ObjectCode.from_ptx
         self.name = entry
         self._ordinal = ordinal
-        self._kernel = load(code).get_kernel(entry)
+        self.core = load(code).get_kernel(entry)
         self._max_shared = _SHARED_BY_DEFAULT
 
     def allow_shared(self, nbytes: int) -> None:
@@ -220,7 +230,7 @@ class _CudaKernel(Kernel):
             driver = bindings()
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             device = checked(driver.cuDeviceGet(self._ordinal))
-            checked(driver.cuKernelSetAttribute(attribute, nbytes, self._kernel.handle, device))
+            checked(driver.cuKernelSetAttribute(attribute, nbytes, self.core.handle, device))
             self._max_shared = nbytes
 
     def launch(
@@ -234,7 +244,25 @@ class _CudaKernel(Kernel):
             )
         assert stream is None or isinstance(stream, _CudaStream)
         on = core.Device(self._ordinal).default_stream if stream is None else stream.core
-        core.launch(on, _launch_config(_tuple(grid), _tuple(block), shared), self._kernel, *args)
+        core.launch(on, _launch_config(_tuple(grid), _tuple(block), shared), self.core, *args)
+
+
+def _graph(launches: Sequence[Launch]) -> Callable[[Stream], None]:
+    """Make a graph of launches, each behind the one before."""
+    from cuda.core.graph import GraphDefinition
+
+    definition = GraphDefinition()
+    end: Any = definition
+    for kernel, grid, block, args, shared in launches:
+        assert isinstance(kernel, _CudaKernel)
+        end = end.launch(_launch_config(_tuple(grid), _tuple(block), shared), kernel.core, *args)
+    graph = definition.instantiate()
+
+    def run(stream: Stream) -> None:
+        assert isinstance(stream, _CudaStream)
+        graph.launch(stream.core)
+
+    return run
 
 
 @functools.lru_cache(maxsize=1024)

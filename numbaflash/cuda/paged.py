@@ -19,13 +19,14 @@ from numbaflash.device_arrays import DeviceArray
 from numbaflash.problem import FLOAT32, Scoring
 
 from .decode_variant import DECODE_PARAMETERS, DecodeVariant
+from .device import Dimensions
 from .finish_step import FINISH_PARAMETERS, FinishStep
 from .own_keys import OwnKeys, first_own_key, own_parts, rounded, rounding
 from .paged_keys import ITEM, RECORD
 from .parameters import numpy_arguments, score_factors
 from .row_elements import PIECE
-from .solve import Queue
-from .splits import split_keys
+from .solve import Launchable, Queue
+from .splits import rounded_up, split_keys
 from .tensor_decode import TensorDecode
 from .vector_decode import VectorDecode
 
@@ -184,14 +185,14 @@ class _Call:
         row_blocks = -(-rows // kernel.rows)
         own_keys = self._own_keys(tail)
         items = self._split(rows, layer.kv_heads * row_blocks, own_keys)
-        results = int(self.records["own"].max()) + 1
+        several, results = bool((self.records["splits"] > 1).any()), int(self.records["own"].max()) + 1
         # All of these live until the launches that read them are queued.
         uploaded = queue.place(np.concatenate([self.records.view(np.uint8), items.view(np.uint8)]))
-        partials = (int((items["partial"] >= 0).sum()), self.tokens, q_heads)
-        outs, sums = queue.empty((*partials, self.width), FLOAT32), queue.empty((*partials, 2), FLOAT32)
-        owns = queue.empty((results, self.tokens, q_heads, self.width), FLOAT32)
-        own_sums = queue.empty((results, q_heads, self.tokens), FLOAT32)
-        whole = out if self.width == layer.head_dim else queue.empty((*out.shape[:3], self.width), out.dtype)
+        partials = (len(items) if (items["partial"] >= 0).any() else 0, self.tokens, q_heads)
+        outs, sums = queue.temporary((*partials, self.width), FLOAT32), queue.temporary((*partials, 2), FLOAT32)
+        owns = queue.temporary((results, self.tokens, q_heads, self.width), FLOAT32)
+        own_sums = queue.temporary((results, q_heads, self.tokens), FLOAT32)
+        whole = out if self.width == layer.head_dim else queue.temporary((*out.shape[:3], self.width), out.dtype)
         slopes, sinks = (
             None if array is None else queue.place(array) for array in (scoring.alibi_slopes, scoring.sink_logits)
         )
@@ -213,12 +214,15 @@ class _Call:
             "factor": factor,
             "cap": cap,
         }
+        launches: list[tuple[Launchable, Dimensions, list[np.generic]]] = []
         if len(items):
-            queue.launch(kernel, (len(items), layer.kv_heads, row_blocks), numpy_arguments(DECODE_PARAMETERS, values))
+            grid = (len(items), layer.kv_heads, row_blocks)
+            launches.append((kernel, grid, numpy_arguments(DECODE_PARAMETERS, values)))
         if tail is not None:
             self._attend_to_own(own_keys, OwnKeys(queue, q, *tail, scoring, slopes, sinks), whole, owns, own_sums)
-        merged = math.prod(q.shape[:3]) if partials[0] or results else 0
-        self._finish(values, merged, tail, sinks=sinks is not None, owns=results > 0)
+        merged = math.prod(q.shape[:3]) if several or results else 0
+        launches += self._finish(values, merged, tail, sinks=sinks is not None, owns=results > 0)
+        queue.launch_all(launches)
         if whole is not out:
             queue.copy_rows(whole, out)
 
@@ -227,16 +231,19 @@ class _Call:
         records = self.queue.place(self.records.view(np.uint8))
         unused = dict.fromkeys(("partials", "partial_sums", "owns", "own_sums", "sinks", "q_heads"), 0)
         values = {**self.common, **_places(out=None, **_of(tail)), **unused, "records": records.address}
-        self._finish(values, 0, tail, sinks=False, owns=False)
+        self.queue.launch_all(self._finish(values, 0, tail, sinks=False, owns=False))
 
-    def _finish(self, values: dict[str, Any], merged_rows: int, tail: _Tail | None, *, sinks: bool, owns: bool) -> None:
-        """Queue the merge of so many rows and the append of the step's tokens, where there is either."""
+    def _finish(
+        self, values: dict[str, Any], merged_rows: int, tail: _Tail | None, *, sinks: bool, owns: bool
+    ) -> list[tuple[Launchable, Dimensions, list[np.generic]]]:
+        """Return the launch that merges so many rows and appends the step's tokens, where there is either."""
         pieces = self.width // PIECE
         merged, appended = merged_rows * pieces, 0 if tail is None else 2 * math.prod(tail.k.shape[:3]) * pieces
-        if merged + appended:
-            kernel = FinishStep(self.width, self.layer.dtype.name, self.dtype.name, sinks and merged > 0, owns)
-            values = values | {"merged": merged, "appended": appended}
-            self.queue.launch(kernel, kernel.grid(merged + appended), numpy_arguments(FINISH_PARAMETERS, values))
+        if not merged + appended:
+            return []
+        kernel = FinishStep(self.width, self.layer.dtype.name, self.dtype.name, sinks and merged > 0, owns)
+        values = values | {"merged": merged, "appended": appended}
+        return [(kernel, kernel.grid(merged + appended), numpy_arguments(FINISH_PARAMETERS, values))]
 
     def _attend_to_own(
         self,
@@ -296,6 +303,8 @@ class _Call:
                 (index, i * size, min(keys, (i + 1) * size), partials + i if several else -1) for i in range(splits)
             ]
             partials += splits if several else 0
+        if self.queue.arena is not None:  # steps can be replayed that have the same grid
+            items += [(0, 0, 0, partials + i) for i in range(rounded_up(len(items)) - len(items))]
         return np.array(items, ITEM)
 
 

@@ -39,7 +39,8 @@ RECORD = np.dtype(
 """A sequence of a launch."""
 
 ITEM = np.dtype([("sequence", np.int32), ("first", np.int32), ("end", np.int32), ("partial", np.int32)])
-"""Keys `first` to `end` of a sequence, by number; `partial` is where the result goes, -1 where it is the whole one."""
+"""Keys `first` to `end` of a sequence, by number; `partial` is where the result goes, -1 where it is the whole one. An
+item without keys, which only fills a grid, has a `partial` that nobody reads."""
 
 
 class Rows(NamedTuple):

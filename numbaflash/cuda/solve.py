@@ -5,7 +5,7 @@ This path is one for a GPU and for the emulator: it knows a `Device`, never whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,9 +18,10 @@ from numbaflash.problem import DTYPES, FLOAT32, AttentionProblem
 from .arguments import Arrays, Strided
 from .build import Buildable, build
 from .copy_rows import CopyRows
-from .device import Device, Dimensions, Stream
+from .device import Device, Dimensions, Kernel, Launch, Stream
 from .flash_v1 import FlashV1
 from .flash_v2 import FlashV2
+from .scratch import Arena
 from .standard import Matrices, StandardScores, StandardSoftmax, StandardValues
 from .tile import CHUNK
 from .variant import Variant
@@ -46,16 +47,37 @@ class Queue:
     Attributes:
         device: Where.
         stream: In which order.
+        arena: Where `temporary` takes memory from first, if anywhere.
     """
 
     device: Device
     stream: Stream
+    arena: Arena | None = None
 
     def launch(self, kernel: Launchable, grid: Dimensions, arguments: list[np.generic]) -> None:
         """Launch a kernel, built and loaded where that has not been done yet."""
+        self._loaded(kernel).launch(grid, kernel.threads, *arguments, shared=kernel.shared_bytes, stream=self.stream)
+
+    def launch_all(self, launches: Sequence[tuple[Launchable, Dimensions, list[np.generic]]]) -> None:
+        """Launch kernels one after the other, as one where the device has done the same before."""
+        self.device.launch_all(
+            [
+                Launch(self._loaded(kernel), grid, kernel.threads, tuple(arguments), kernel.shared_bytes)
+                for kernel, grid, arguments in launches
+            ],
+            self.stream,
+        )
+
+    def _loaded(self, kernel: Launchable) -> Kernel:
         built = build(kernel, self.device.compute_capability)
-        loaded = self.device.load(built.ptx, built.name, kernel.shared_bytes, built.cubin)
-        loaded.launch(grid, kernel.threads, *arguments, shared=kernel.shared_bytes, stream=self.stream)
+        return self.device.load(built.ptx, built.name, kernel.shared_bytes, built.cubin)
+
+    def temporary(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
+        """Return a new contiguous array for the time of the call; the same calls get the same addresses."""
+        address = None if self.arena is None else self.arena.take(int(np.prod(shape)) * dtype.itemsize)
+        if address is None:
+            return self.empty(shape, dtype)
+        return DeviceArray(address, shape, contiguous_strides(shape, dtype.itemsize), dtype, self.arena)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
         """Return a new contiguous array."""
@@ -69,7 +91,7 @@ class Queue:
             return array
         once = tuple(slice(0, 1) if step == 0 else slice(None) for step in array.strides)
         source = np.ascontiguousarray(array[once])
-        placed = self.empty(source.shape, source.dtype)
+        placed = self.temporary(source.shape, source.dtype)
         self.device.copy_in(placed.address, source, self.stream)
         return placed.broadcast_to(array.shape)
 
@@ -100,7 +122,7 @@ class Queue:
         aligned = all(x % CHUNK == 0 for x in (array.address, *array.strides[:3]))
         if padded == array.shape[3] and array.strides[3] == array.dtype.itemsize and aligned:
             return array
-        copy = self.empty((*array.shape[:3], padded), array.dtype)
+        copy = self.temporary((*array.shape[:3], padded), array.dtype)
         self.copy_rows(array, copy)
         return copy
 

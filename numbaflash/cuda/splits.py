@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .device import Device
 
-__all__ = ["BLOCKS_PER_MULTIPROCESSOR", "KEY_TILE", "split_keys"]
+__all__ = ["BLOCKS_PER_MULTIPROCESSOR", "KEY_TILE", "rounded_up", "split_keys"]
 
 KEY_TILE = 64
 """Shares begin at multiples of it: the keys that a block reads at a time."""
@@ -42,6 +42,12 @@ def split_keys(keys: int, rows: int, head_dim: int, itemsize: int, blocks: int, 
     efficiency = {size: _wave_efficiency(blocks * -(-tiles // size), slots) for size in sizes}
     best = max(efficiency.values())
     return next(size for size in sizes if efficiency[size] >= ENOUGH * best) * KEY_TILE
+
+
+def rounded_up(items: int) -> int:
+    """Return the items of a grid that serves as many and some fewer: at most an eighth of its blocks find no keys."""
+    step = 1 << max(0, items.bit_length() - 4)
+    return -(-items // step) * step
 
 
 def _wave_efficiency(blocks: int, slots: int) -> float:

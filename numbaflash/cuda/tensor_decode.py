@@ -40,7 +40,7 @@ class TensorDecode:
     """The kernel, and how it is launched: grid (items, kv heads, row blocks).
 
     Rows of q, out and the step's k and v are aligned to 16 bytes and padded to a multiple of 8 elements, as pages are.
-    Nothing that it reads is written by the launch. Every item has at least one key for some row of its sequence.
+    Nothing that it reads is written by the launch. An item whose result is the whole one has a key for every row.
 
     Attributes:
         variant: What it is specialised for; pages and steps have one dtype, float16 or bfloat16.

@@ -22,7 +22,7 @@ from benchmarks.gpu_day.timing import Clock
 from numbaflash import device_arrays
 from numbaflash.backends import choose_backend
 from numbaflash.cache import device_place
-from numbaflash.cuda import gpu
+from numbaflash.cuda import callers, gpu
 from numbaflash.cuda.solve import Queue
 
 LEGACY = 1
@@ -32,10 +32,23 @@ LEGACY = 1
 def calls(driver):
     """What the driver was asked to do; at the end all memory must have been freed."""
     driver.calls.clear()
+    scratch = device_place.device_place("cuda")._scratch
+    scratch._buffer = None
     before = len(driver.live)
     yield driver.calls
+    scratch._buffer = None  # it is kept for the next call
     assert len(driver.live) == before
     assert not [call for call in driver.calls if call[0] in ("missing", "failed")]
+
+
+@pytest.fixture
+def replays():
+    """The graphs of the device: none yet."""
+    found = gpu.cuda_device(0).replays
+    found._graphs.clear()
+    found.count, found.enabled = 0, True
+    yield found
+    found.enabled = True
 
 
 def problem(head_dim=64, q_tokens=40):
@@ -231,7 +244,8 @@ def test_a_cache_reads_and_gives_device_arrays_without_a_copy(calls):
     assert "copy out" not in names(calls)
 
 
-def test_a_cache_that_changes_streams_waits_for_what_the_last_one_was_given(calls, monkeypatch):
+def test_a_cache_that_changes_streams_waits_for_what_the_last_one_was_given(calls, replays, monkeypatch):
+    replays.enabled = False
     cache = numbaflash.RingKVCache(1, 2, 64, **CACHE, backend="cuda")
     arrays = [array[0, :1] for array in problem()]
     cache.step(0, *arrays)
@@ -244,6 +258,87 @@ def test_a_cache_that_changes_streams_waits_for_what_the_last_one_was_given(call
     assert waits
     assert calls.index(waits[0]) < names(calls).index("launch")
     assert {call[-1] for call in calls if call[0] == "launch"} == {handle}
+
+
+def decoded(backend, *, steps, lengths=(700, 90), **options):
+    """Return the results of so many steps of caches of some lengths, two tokens each; the last ones are lone ones."""
+    rng = np.random.default_rng(0)
+    caches = [numbaflash.RingKVCache(1, 2, 64, capacity=900, sink_tokens=4, backend=backend) for _ in lengths]
+    for cache, length in zip(caches, lengths, strict=True):
+        cache.append(0, *(rng.standard_normal((length, 2, 64)).astype(np.float16) for _ in range(2)))
+    outs = []
+    for _ in range(steps):
+        q, k, v = (rng.standard_normal((len(caches), 2, heads, 64)).astype(np.float16) for heads in (4, 2, 2))
+        outs.append(numbaflash.attention_batch(caches, 0, q, k, v, **options))
+    return outs
+
+
+def assert_same_bits(outs, others):
+    for one, other in zip(outs, others, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("options", [{}, {"alibi_slopes": [0.1] * 4, "sink_logits": [1.0] * 4, "softcap": 3.0}])
+def test_steps_that_come_again_are_replayed_with_the_same_bits(calls, replays, options):
+    outs = decoded("cuda", steps=8, **options)
+    assert names(calls).count("capture") == 1
+    # The memory that they share has its size at the second step, whose launches come again at the third.
+    assert replays.count == names(calls).count("replay") >= 5
+    replayed, replays.enabled = replays.count, False
+    assert_same_bits(outs, decoded("cuda", steps=8, **options))
+    assert_same_bits(outs, decoded("emulated", steps=8, **options))
+    assert replays.count == replayed
+
+
+def test_a_grid_that_is_filled_up_gives_the_bits_of_one_that_is_not(calls, replays):
+    lengths = (700, 500, 300, 900, 640)
+    outs = decoded("cuda", steps=4, lengths=lengths)
+    assert replays.count
+    blocks = max(call[2][0] for call in calls if call[0] == "launch" and call[1] == "tensor_decode")
+    replays.enabled = False
+    assert_same_bits(outs, decoded("emulated", steps=4, lengths=lengths))
+    assert blocks > len(lengths)
+
+
+def test_a_driver_that_takes_no_graphs_is_asked_once(driver, calls, replays):
+    driver.refuses_graphs = True
+    try:
+        outs = decoded("cuda", steps=6)
+    finally:
+        driver.refuses_graphs = False
+    assert not replays.enabled
+    assert "replay" not in names(calls)
+    assert_same_bits(outs, decoded("emulated", steps=6))
+
+
+def test_arrays_at_other_addresses_are_not_replayed(calls, replays):
+    cache = numbaflash.RingKVCache(1, 2, 64, **CACHE, backend="cuda")
+    for _ in range(4):
+        fresh = [numba_cuda.to_device(array[0, :1]) for array in problem()]
+        cache.step(0, *fresh)
+    assert "replay" not in names(calls)
+    assert replays.count == 0
+
+
+def test_device_arrays_at_the_same_addresses_are_replayed(calls, replays, monkeypatch):
+    arrays = [numba_cuda.to_device(array[0, :1]) for array in problem()]
+    out = numba_cuda.device_array((1, 4, 64), np.float16)
+    monkeypatch.setattr(callers, "empty_like", lambda *_: out)
+    caches = [numbaflash.RingKVCache(1, 2, 64, **CACHE, backend=backend) for backend in ("cuda", "emulated")]
+    for _ in range(30):  # over the end of a page
+        caches[0].step(0, *arrays)
+        want = caches[1].step(0, *(array.copy_to_host() for array in arrays))
+        np.testing.assert_array_equal(out.copy_to_host(), want)
+    assert replays.count == names(calls).count("replay") > 25
+
+
+def test_a_call_while_another_has_the_memory_that_they_share_takes_its_own(calls):
+    place = device_place.device_place("cuda")
+    with place.device.current(), place._scratch.lent(place.device.default_stream) as lent:
+        outs = decoded("cuda", steps=4)
+    assert lent.wanted == 0
+    assert calls
+    assert_same_bits(outs, decoded("emulated", steps=4))
 
 
 def test_forks_work_in_threads_that_have_no_context(calls):
