@@ -132,7 +132,7 @@ class RecordFile:
             ValueError: A page is damaged.
             MemoryError: There is no room for the cache.
         """
-        cache = RingKVCache.load(self._file, backend=self.record.shape.backend_of(backend))
+        cache = RingKVCache.load(self._file, backend=backend)
         outs = self._file.attachments()
         answers = {
             int(layer): Answer(request_id, before, position, first, outs.get(layer))

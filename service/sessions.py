@@ -93,10 +93,6 @@ class Shape:
             capacity=self.capacity, sink_tokens=self.sink_tokens, page_size=self.page_size, rollback=self.rollback
         )
 
-    def backend_of(self, backend: str) -> str:
-        """Return where the cache of a server with that backend lives: kernels of devices take floats alone."""
-        return "cpu" if self.quantizer else backend
-
     def new_cache(self, backend: str, channel_scales: NDArray[np.float32] | None = None) -> RingKVCache:
         """Make the empty cache of a server with that backend; `channel_scales` are of quantizer awq."""
         return RingKVCache(
@@ -109,7 +105,7 @@ class Shape:
             quantizer=quantizer_of(self.quantizer, channel_scales) if self.quantizer else None,
             page_size=self.page_size,
             rollback=self.rollback,
-            backend=self.backend_of(backend),
+            backend=backend,
         )
 
 

@@ -27,3 +27,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return nodeid if file.endswith("test_budgets.py") else file
 
     return ByFile(config, log)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The counts of each launch on an emulated device."""
+    from numbaflash.cuda import device
+
+    reports: list[Any] = []
+    launch = device._EmulatedKernel.launch
+
+    def watch(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        launch(kernel, *args, **kwargs)
+        reports.append(kernel._device.last_report)
+
+    monkeypatch.setattr(device._EmulatedKernel, "launch", watch)
+    return reports

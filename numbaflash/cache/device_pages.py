@@ -11,10 +11,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..cuda.device import Buffer, Device, Event, Stream
+from ..cuda.solve import Queue
 
-__all__ = ["DevicePagePool", "all_used_by"]
+__all__ = ["DevicePagePool", "DevicePageTable", "all_used_by"]
 
 _ALIGNMENT = 256
 
@@ -141,6 +143,91 @@ class DevicePagePool:
         if self._slabs:
             with self.device.current():
                 self.order(self.device.default_stream)
+
+
+class DevicePageTable:
+    """Which page lies in which slot, for one of the owners of a pool's pages; and the same in device memory.
+
+    Args:
+        pool: Whose pages.
+        slots: Length of the table; all are empty at first.
+
+    Attributes:
+        pool: Whose pages.
+    """
+
+    def __init__(self, pool: DevicePagePool, slots: int) -> None:
+        self.pool = pool
+        self._pages = np.zeros(slots, np.int64)  # addresses; 0: none
+        with pool.alone, pool.device.current():
+            self._buffer = pool.device.allocate(self._pages.nbytes)
+            self._allocated: Event | None = pool.device.default_stream.record()
+        self._stale = True  # what the device has is not `_pages`
+        pool.expect(slots)
+
+    def __getitem__(self, slot: int) -> int:
+        """Return the page of a slot; 0 where there is none."""
+        return int(self._pages[slot])
+
+    def __setitem__(self, slot: int, page: int) -> None:
+        """Put a page there; who did so cares for its owners, and for those of the one before."""
+        self._pages[slot] = page
+        self._stale = True
+
+    def placed(self, queue: Queue) -> int:
+        """Return the address of the table as kernels that are queued now will see it."""
+        if self._allocated is not None:
+            queue.stream.wait(self._allocated)
+            self._allocated = None
+        if self._stale:
+            queue.device.copy_in(self._buffer.address, self._pages, queue.stream)
+            self._stale = False
+        return self._buffer.address
+
+    def fork(self) -> DevicePageTable:
+        """Return a twin that shares all pages."""
+        twin = DevicePageTable(self.pool, len(self._pages))
+        for page in self._used():
+            self.pool.share(page)
+        twin._pages[:] = self._pages
+        return twin
+
+    def release(self) -> None:
+        """Give all pages back."""
+        for page in self._used():
+            self.pool.release(page)
+        self._pages[:] = 0
+        with self.pool.device.current():  # the table is freed in the order of the default stream
+            self.pool.order(self.pool.device.default_stream)
+            self._buffer.close()
+        self.pool.expect(-len(self._pages))
+
+    def read(self, slot: int) -> NDArray[np.uint8]:
+        """Return a copy of the page of a slot that has one."""
+        device, content = self.pool.device, np.empty(self.pool.page_nbytes, np.uint8)
+        with self.pool.used_by(device.default_stream):
+            device.copy_out(content, self[slot], device.default_stream)
+        return content
+
+    def fill(self, slot: int, content: NDArray[np.uint8]) -> None:
+        """Put a new page in an empty slot, with this content.
+
+        Raises:
+            MemoryError: There are no more pages; nothing has changed.
+        """
+        stream = self.pool.device.default_stream
+        with self.pool.used_by(stream):
+            (page,) = self.pool.acquire(1, stream)
+            self.pool.device.copy_in(page, content, stream)
+        self[slot] = page
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages."""
+        return len(self._used()) * self.pool.page_nbytes
+
+    def _used(self) -> list[int]:
+        return [int(page) for page in self._pages if page]
 
 
 @contextmanager

@@ -13,20 +13,25 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
+
 from ..arrays import as_numpy
 from ..cuda import paged
 from ..cuda.callers import Result, caller_stream
+from ..cuda.codes import CodeFormat
 from ..cuda.device import Device, EmulatedDevice
 from ..cuda.gpu import CudaDevice, cuda_device
 from ..cuda.paged import PagedLayer
 from ..cuda.scratch import Scratch
 from ..cuda.solve import Queue
 from ..device_arrays import AnyArray, DeviceArray, is_on_gpu, view
-from ..problem import Scoring
-from .device_pages import DevicePagePool, all_used_by
+from ..problem import FLOAT16, Scoring
+from .device_pages import DevicePagePool, DevicePageTable, all_used_by
+from .device_quantized import DeviceQuantizedLayer
 from .device_ring import DeviceLayer, DeviceRing, changing
 from .layer import Layer
-from .place import CacheShape, Place, Pool
+from .layout import RingLayout, raw_layout
+from .place import CacheShape, Place, Pool, check_quantizer
 
 __all__ = ["DevicePlace", "device_place"]
 
@@ -58,15 +63,25 @@ class DevicePlace(Place):
         self._alone: AbstractContextManager[Any] = threading.RLock() if one_at_a_time else nullcontext()
 
     def open(self, shape: CacheShape) -> tuple[tuple[Pool, ...], list[Layer]]:
-        """Return the pool and the empty layers of a new cache of floats."""
-        if shape.quantizer is not None:
-            raise ValueError(f"dtype must be a float on {self.device.name}, got {shape.dtype.name}: use backend 'cpu'")
-        layout = shape.layout
-        kind = PagedLayer(shape.kv_heads, shape.head_dim, shape.dtype)
+        """Return the pools and the empty layers of a new cache: quantized ones have a pool of codes as well."""
+        layout, quantizer, layers = shape.layout, shape.quantizer, range(shape.num_layers)
         elements = 2 * shape.kv_heads * layout.page_size * self.stored_dim(shape.head_dim)
         with self._alone, self.device.current():
-            pool = DevicePagePool(self.device, elements * shape.dtype.itemsize, shape.dtype, self._alone)
-            return (pool,), [DeviceLayer(i, layout, DeviceRing(layout, pool, kind)) for i in range(shape.num_layers)]
+            if quantizer is None:
+                pool = self._pool(elements * shape.dtype.itemsize, shape.dtype)
+                kind = PagedLayer(shape.kv_heads, shape.head_dim, shape.dtype)
+                return (pool,), [DeviceLayer(i, layout, _ring(layout, pool, kind)) for i in layers]
+            page_format = check_quantizer(shape, quantizer)
+            pool = self._pool(elements * FLOAT16.itemsize, FLOAT16)
+            codes = self._pool(page_format.page_nbytes, np.dtype(np.uint8))
+            kind = PagedLayer(shape.kv_heads, shape.head_dim, FLOAT16, CodeFormat.of(page_format))
+            raw = raw_layout(layout)
+            return (pool, codes), [
+                DeviceQuantizedLayer(
+                    i, layout, _ring(raw, pool, kind), page_format, DevicePageTable(codes, layout.ring_slots), quantizer
+                )
+                for i in layers
+            ]
 
     def stored_dim(self, head_dim: int) -> int:
         """Rows are padded to whole 16 bytes."""
@@ -101,40 +116,45 @@ class DevicePlace(Place):
 
     def append(self, layer: Layer, k: AnyArray, v: AnyArray, given: Mapping[str, Any]) -> None:
         """Append tokens."""
-        rings = [cast(DeviceLayer, layer).ring]
-        with self._call(given, {"k": k, "v": v}, rings) as queue, changing(rings, k.shape[0], queue):
-            sequences = [ring.sequence(ring.length, queue) for ring in rings]
-            paged.step(queue, rings[0].kind, sequences, None, _batched(k), _batched(v), None, None)
+        held = [cast(DeviceLayer, layer)]
+        with self._call(given, {"k": k, "v": v}, held) as queue:
+            K, V = held[0].receive(held, _batched(k), _batched(v), queue)
+            with changing(held, k.shape[0], queue):
+                sequences = [layer.sequence(layer.length, queue) for layer in held]
+                paged.step(queue, held[0].ring.kind, sequences, None, K, V, None, None)
 
     def attend(self, layer: Layer, q: AnyArray, scoring: Scoring, given: Mapping[str, Any]) -> Any:
         """Attend with the queries of a layer's last tokens."""
-        ring = cast(DeviceLayer, layer).ring
-        with self._call(given, {"q": q}, [ring]) as queue:
+        held = cast(DeviceLayer, layer)
+        with self._call(given, {"q": q}, [held]) as queue:
             result = Result(queue, given["q"], q.shape, q.dtype)
             out = cast(DeviceArray, _batched(result.array))
-            sequence = ring.sequence(ring.length - q.shape[0], queue)
-            paged.step(queue, ring.kind, [sequence], _batched(q), None, None, scoring, out)
+            Q = held.fold_queries([held], _batched(q), queue)
+            sequence = held.sequence(held.length - q.shape[0], queue)
+            paged.step(queue, held.ring.kind, [sequence], Q, None, None, scoring, out)
             return result.handed_over()
 
     def step(
         self, layers: Sequence[Layer], q: AnyArray, k: AnyArray, v: AnyArray, scoring: Scoring, given: Mapping[str, Any]
     ) -> Any:
         """Attend, then append."""
-        rings = [cast(DeviceLayer, layer).ring for layer in layers]
+        held = cast(Sequence[DeviceLayer], layers)
         views, tokens = {"q": q, "k": k, "v": v}, k.shape[-3]
-        with self._call(given, views, rings) as queue, changing(rings, tokens, queue):
-            result = Result(queue, given["q"], q.shape, q.dtype)
-            out = cast(DeviceArray, _batched(result.array))
-            sequences = [ring.sequence(ring.length, queue) for ring in rings]
-            Q, K, V = (_batched(array) for array in (q, k, v))
-            paged.step(queue, rings[0].kind, sequences, Q, K, V, scoring, out)
-            for ring in rings:
-                ring.overwrite(tokens)
-            return result.handed_over()
+        with self._call(given, views, held) as queue:
+            K, V = held[0].receive(held, _batched(k), _batched(v), queue)
+            Q = held[0].fold_queries(held, _batched(q), queue)
+            with changing(held, tokens, queue):
+                result = Result(queue, given["q"], q.shape, q.dtype)
+                out = cast(DeviceArray, _batched(result.array))
+                sequences = [layer.sequence(layer.length, queue) for layer in held]
+                paged.step(queue, held[0].ring.kind, sequences, Q, K, V, scoring, out)
+                for layer in held:
+                    layer.ring.overwrite(tokens)
+                return result.handed_over()
 
     @contextmanager
     def _call(
-        self, given: Mapping[str, Any], views: Mapping[str, AnyArray], rings: Sequence[DeviceRing] = ()
+        self, given: Mapping[str, Any], views: Mapping[str, AnyArray], layers: Sequence[DeviceLayer] = ()
     ) -> Iterator[Queue]:
         """Order a call's work behind what its arrays and pages wait for."""
         with self.device.current():
@@ -145,8 +165,16 @@ class DevicePlace(Place):
                 arrays = [array for array in views.values() if isinstance(array, DeviceArray)]
                 stream = caller_stream(self.device, leader, arrays)
             scratch = nullcontext() if self._scratch is None else self._scratch.lent(stream)
-            with all_used_by(stream, [ring.pool for ring in rings]), self._alone, scratch as arena:
+            pools = [pool for layer in layers for pool in layer.pools]
+            with all_used_by(stream, pools), self._alone, scratch as arena:
                 yield Queue(self.device, stream, arena)
+
+    def _pool(self, page_nbytes: int, dtype: np.dtype[Any]) -> DevicePagePool:
+        return DevicePagePool(self.device, page_nbytes, dtype, self._alone)
+
+
+def _ring(layout: RingLayout, pool: DevicePagePool, kind: PagedLayer) -> DeviceRing:
+    return DeviceRing(layout, DevicePageTable(pool, layout.slots), kind)
 
 
 def _batched(array: AnyArray) -> AnyArray:

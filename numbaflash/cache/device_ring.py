@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..cuda import paged
-from ..cuda.device import Event
 from ..cuda.paged import PagedLayer, PagedSequence
 from ..cuda.solve import Queue
-from .device_pages import DevicePagePool
+from ..device_arrays import AnyArray
+from .device_pages import DevicePagePool, DevicePageTable
 from .layer import Layer
 from .layout import RingLayout
 
@@ -34,62 +34,43 @@ class DeviceRing:
 
     Args:
         layout: Which tokens are kept, and where.
-        pool: Where pages come from.
-        kind: What its pages hold.
+        table: Of its pages.
+        kind: What they hold.
 
     Attributes:
         length: Tokens seen.
         intact: Oldest position, sink tokens apart, that has not been overwritten.
         kind: What its pages hold.
+        pool: Where they come from.
     """
 
-    def __init__(self, layout: RingLayout, pool: DevicePagePool, kind: PagedLayer) -> None:
+    def __init__(self, layout: RingLayout, table: DevicePageTable, kind: PagedLayer) -> None:
         self.length = 0
         self.intact = layout.sink_tokens
         self.kind = kind
-        self.pool = pool
+        self.pool: DevicePagePool = table.pool
         self._layout = layout
-        self._pages = np.zeros(layout.slots, np.int64)  # addresses; 0: none
+        self._table = table
         self._changes: list[_Change] = []
-        with pool.alone, pool.device.current():
-            self._table = pool.device.allocate(self._pages.nbytes)
-            self._allocated: Event | None = pool.device.default_stream.record()
-        self._stale = True  # what the device has is not `_pages`
-        pool.expect(layout.slots)
 
     def fork(self) -> DeviceRing:
         """Return a twin that shares all pages."""
-        twin = DeviceRing(self._layout, self.pool, self.kind)
+        twin = DeviceRing(self._layout, self._table.fork(), self.kind)
         twin.length, twin.intact = self.length, self.intact
-        for page in self._used():
-            self.pool.share(page)
-        twin._pages[:] = self._pages
         return twin
 
     def release(self) -> None:
         """Give all pages back."""
-        for page in self._used():
-            self.pool.release(page)
-        self._pages[:] = 0
-        with self.pool.device.current():  # the table is freed in the order of the default stream
-            self.pool.order(self.pool.device.default_stream)
-            self._table.close()
-        self.pool.expect(-self._layout.slots)
+        self._table.release()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the pages in use."""
-        return len(self._used()) * self.pool.page_nbytes
+        return self._table.nbytes
 
     def sequence(self, start: int, queue: Queue) -> PagedSequence:
         """Return the ring as kernels that are queued now will see it, for queries from `start` on."""
-        if self._allocated is not None:
-            queue.stream.wait(self._allocated)
-            self._allocated = None
-        if self._stale:
-            queue.device.copy_in(self._table.address, self._pages, queue.stream)
-            self._stale = False
-        return PagedSequence(self._table.address, self._layout, self.length, start)
+        return PagedSequence(self._table.placed(queue), self._layout, self.length, start)
 
     def prepare(self, tokens: int, queue: Queue) -> None:
         """See that every slot that the next tokens go to has a page which nobody else sees.
@@ -100,17 +81,16 @@ class DeviceRing:
         slots = [
             slot
             for slot in dict.fromkeys(self._slots_of_next(tokens))
-            if not self._pages[slot] or self.pool.is_shared(int(self._pages[slot]))
+            if not self._table[slot] or self.pool.is_shared(self._table[slot])
         ]
         if not slots:
             return
         pages = self.pool.acquire(len(slots), queue.stream)
-        self._changes = [_Change(slot, new, int(self._pages[slot])) for slot, new in zip(slots, pages, strict=True)]
+        self._changes = [_Change(slot, new, self._table[slot]) for slot, new in zip(slots, pages, strict=True)]
         for change in self._changes:
-            self._pages[change.slot] = change.new
+            self._table[change.slot] = change.new
             if change.old:
                 queue.device.copy(change.new, change.old, self.pool.page_nbytes, queue.stream)
-        self._stale = True
 
     def overwrite(self, tokens: int) -> None:
         """The kernel that writes the next tokens is queued: those that they fall on are lost, whatever comes."""
@@ -128,9 +108,8 @@ class DeviceRing:
     def discard(self) -> None:
         """They are not: the ring is as before `prepare`."""
         for change in self._changes:
-            self._pages[change.slot] = change.old
+            self._table[change.slot] = change.old
             self.pool.release(change.new)
-            self._stale = True
         self._changes = []
 
     def write(self, keys: NDArray[Any], values: NDArray[Any]) -> None:
@@ -151,7 +130,7 @@ class DeviceRing:
                 behind = at if at < self._layout.sink_tokens else at - self._layout.sink_tokens
                 count = min(size - behind % size, stop - at)
                 (slot,) = self._layout.slots_between(at, at + 1)
-                device.copy_out(page, int(self._pages[slot]), device.default_stream)
+                device.copy_out(page, self._table[slot], device.default_stream)
                 rows = page[:, :, behind % size : behind % size + count, : kind.head_dim]
                 tokens[:, at - start : at - start + count] = rows.swapaxes(1, 2)
                 at += count
@@ -164,23 +143,37 @@ class DeviceRing:
         before = layout.slots_between(start, min(stop, sinks)) if start < sinks else []
         return before + (layout.slots_between(kept, stop) if stop > kept else [])
 
-    def _used(self) -> list[int]:
-        return [int(page) for page in self._pages if page]
+
+class _Changing(Protocol):
+    """What has part in a change: it is made whole, or not at all."""
+
+    def prepare(self, tokens: int, queue: Queue) -> None:
+        """See that all is there that so many new tokens take.
+
+        Raises:
+            MemoryError: There are no more pages; nothing has changed.
+        """
+
+    def commit(self, tokens: int) -> None:
+        """The tokens are there; it cannot fail."""
+
+    def discard(self) -> None:
+        """They are not, and all is as before `prepare`, which need not have been called."""
 
 
 @contextmanager
-def changing(rings: Sequence[DeviceRing], tokens: int, queue: Queue) -> Iterator[None]:
-    """Give rings the pages of new tokens; they have the tokens when the body succeeds, and are as before if not."""
+def changing(parts: Sequence[_Changing], tokens: int, queue: Queue) -> Iterator[None]:
+    """Give rings or layers the pages of new tokens; they have those if the body succeeds, and are as before if not."""
     try:
-        for ring in rings:
-            ring.prepare(tokens, queue)
+        for part in parts:
+            part.prepare(tokens, queue)
         yield
     except BaseException:
-        for ring in rings:
-            ring.discard()
+        for part in parts:
+            part.discard()
         raise
-    for ring in rings:
-        ring.commit(tokens)
+    for part in parts:
+        part.commit(tokens)
 
 
 class DeviceLayer(Layer):
@@ -189,19 +182,42 @@ class DeviceLayer(Layer):
     ring: DeviceRing
 
     @property
-    def intact(self) -> int:
-        """Oldest position, sink tokens apart, that has not been overwritten."""
-        return self.ring.intact
+    def pools(self) -> list[DevicePagePool]:
+        """Where its pages come from."""
+        return [self.ring.pool]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the pages in use."""
-        return self.ring.nbytes
+    @classmethod
+    def receive(
+        cls,
+        layers: Sequence[Self],  # noqa: ARG003 - those of codes care for theirs
+        k: AnyArray,
+        v: AnyArray,
+        queue: Queue,  # noqa: ARG003
+    ) -> tuple[AnyArray, AnyArray]:
+        """Return new tokens, (N, T, Hkv, D), as N layers take them; they are to be prepared next.
 
-    def fork(self) -> DeviceLayer:
-        """Return a twin that shares all pages."""
-        return DeviceLayer(self.index, self.layout, self.ring.fork())
+        Raises:
+            ValueError: Some cannot be stored; no layer has changed.
+        """
+        return k, v
 
-    def release(self) -> None:
-        """Give all pages back."""
-        self.ring.release()
+    @classmethod
+    def fold_queries(cls, layers: Sequence[Self], q: AnyArray, queue: Queue) -> AnyArray:  # noqa: ARG003
+        """Return queries, (N, T, Hq, D), as they are to meet the keys of N layers."""
+        return q
+
+    def sequence(self, start: int, queue: Queue) -> PagedSequence:
+        """Return the layer as kernels that are queued now will see it, for queries from `start` on."""
+        return self.ring.sequence(start, queue)
+
+    def prepare(self, tokens: int, queue: Queue) -> None:
+        """See that there are pages for the tokens received."""
+        self.ring.prepare(tokens, queue)
+
+    def commit(self, tokens: int) -> None:
+        """The tokens are there."""
+        self.ring.commit(tokens)
+
+    def discard(self) -> None:
+        """They are not."""
+        self.ring.discard()

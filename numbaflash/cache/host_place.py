@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from ..arrays import as_numpy, like
 from ..device_arrays import AnyArray
 from ..problem import FLOAT16, Scoring
+from .host_quantized import HostQuantizedLayer
 from .layer import FloatLayer, HostLayer, Layer
-from .layout import raw_layout
-from .pages import PagePool
-from .place import CacheShape, Place, Pool
-from .quantized import QuantizedLayer
+from .layout import RingLayout, raw_layout
+from .pages import PagePool, PageTable
+from .place import CacheShape, Place, Pool, check_quantizer
 from .step import append, attend, step
 from .token_ring import TokenRing
 
@@ -30,13 +30,12 @@ class HostPlace(Place):
         layout, quantizer = shape.layout, shape.quantizer
         if quantizer is None:
             pool = _page_pool(shape, shape.dtype)
-            return (pool,), [FloatLayer(i, layout, TokenRing(layout, pool)) for i in range(shape.num_layers)]
-        quantizer.check_model(shape.num_layers, shape.kv_heads, shape.head_dim)
-        page_format = quantizer.page_format(shape.dtype.name, shape.kv_heads, layout.page_size, shape.head_dim)
+            return (pool,), [FloatLayer(i, layout, _ring(layout, pool)) for i in range(shape.num_layers)]
+        page_format = check_quantizer(shape, quantizer)
         pool, codes = _page_pool(shape, FLOAT16), PagePool((page_format.page_nbytes,), np.dtype(np.uint8))
         raw = raw_layout(layout)
         return (pool, codes), [
-            QuantizedLayer(i, layout, TokenRing(raw, pool), page_format, codes, quantizer)
+            HostQuantizedLayer(i, layout, _ring(raw, pool), page_format, PageTable(codes, layout.ring_slots), quantizer)
             for i in range(shape.num_layers)
         ]
 
@@ -77,6 +76,10 @@ class HostPlace(Place):
         if queries.ndim == 3:
             return like(given["q"], step(held, queries[None], keys[None], values[None], scoring)[0])
         return like(given["q"], step(held, queries, keys, values, scoring))
+
+
+def _ring(layout: RingLayout, pool: PagePool) -> TokenRing:
+    return TokenRing(layout, PageTable(pool, layout.slots))
 
 
 def _page_pool(shape: CacheShape, dtype: np.dtype[Any]) -> PagePool:

@@ -1,6 +1,6 @@
-"""One layer of a cache, wherever its tokens lie; in host memory of floats here, of codes in `quantized.py`.
+"""One layer of a cache, wherever its tokens lie; in host memory of floats here, with codes in `host_quantized.py`.
 
-On a device it is one of `device_ring.py`.
+On a device it is one of `device_ring.py`, or of `device_quantized.py`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +58,16 @@ class Ring(Protocol):
     length: int
     intact: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages in use."""
+
+    def fork(self) -> Self:
+        """Return a twin that shares all pages."""
+
+    def release(self) -> None:
+        """Give all pages back."""
+
     def write(self, keys: NDArray[Any], values: NDArray[Any]) -> None:
         """Append tokens, (T, Hkv, D) each, of the storage dtype."""
 
@@ -65,8 +75,8 @@ class Ring(Protocol):
         """Return copies of the tokens `start` to `stop`: (2, tokens, Hkv, D)."""
 
 
-class Layer(ABC):
-    """The tokens of one layer.
+class Layer:
+    """The tokens of one layer; all are in its ring, unless `quantized.py` says otherwise.
 
     Args:
         index: Of the layer.
@@ -90,9 +100,9 @@ class Layer(ABC):
         return self.ring.length
 
     @property
-    @abstractmethod
     def intact(self) -> int:
         """Oldest position, sink tokens apart, that has not been overwritten."""
+        return self.ring.intact
 
     @property
     def raw_intact(self) -> int:
@@ -100,17 +110,17 @@ class Layer(ABC):
         return self.ring.intact
 
     @property
-    @abstractmethod
     def nbytes(self) -> int:
         """Bytes of the pages in use."""
+        return self.ring.nbytes
 
-    @abstractmethod
-    def fork(self) -> Layer:
+    def fork(self) -> Self:
         """Return a twin that shares all pages."""
+        return type(self)(self.index, self.layout, self.ring.fork())
 
-    @abstractmethod
     def release(self) -> None:
         """Give all pages back."""
+        self.ring.release()
 
     def check_queries(self, start: int) -> None:
         """See that everything is there that the queries from `start` on see.
@@ -157,7 +167,7 @@ class Layer(ABC):
         self.ring.length, self.ring.intact = length, raw_intact
 
 
-class HostLayer(Layer):
+class HostLayer(Layer, ABC):
     """A layer in host memory: the CPU's kernels read it as runs of tokens."""
 
     ring: TokenRing
@@ -197,24 +207,6 @@ class HostLayer(Layer):
 
 class FloatLayer(HostLayer):
     """A layer whose tokens are all in its ring."""
-
-    @property
-    def intact(self) -> int:
-        """Oldest position, sink tokens apart, that has not been overwritten."""
-        return self.ring.intact
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the pages in use."""
-        return self.ring.nbytes
-
-    def fork(self) -> FloatLayer:
-        """Return a twin that shares all pages."""
-        return FloatLayer(self.index, self.layout, self.ring.fork())
-
-    def release(self) -> None:
-        """Give all pages back."""
-        self.ring.release()
 
     def prepare(self, keys: NDArray[Any], values: NDArray[Any]) -> NewTokens:
         """Round new tokens to the storage dtype."""

@@ -67,6 +67,20 @@ class RingLayout:
         pages = range((start - behind) // self.page_size, -(-(stop - behind) // self.page_size))
         return [first_slot + page % slots for page in pages]
 
+    def by_pages(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Part the positions `start` to `stop` by the pages that they stand in, sink tokens with the first page behind.
+
+        Returns:
+            Of each part the number of its page behind the sink tokens, its first position and that behind it.
+        """
+        parts = []
+        while start < stop:
+            page = max(start - self.sink_tokens, 0) // self.page_size
+            behind = min(self.sink_tokens + (page + 1) * self.page_size, stop)
+            parts.append((page, start, behind))
+            start = behind
+        return parts
+
 
 def raw_layout(layout: RingLayout) -> RingLayout:
     """Return the shape of the float16 ring beside a quantized one.

@@ -89,10 +89,15 @@ class PageTable:
     Args:
         pool: Whose pages.
         slots: Length of the table; all are empty at first.
+
+    Attributes:
+        pool: Whose pages.
+        addresses: (slots,) int64: of the pages, for compiled functions; it stays where it is.
     """
 
     def __init__(self, pool: PagePool, slots: int) -> None:
         self.pool = pool
+        self.addresses = np.zeros(slots, np.int64)
         self._pages: list[int | None] = [None] * slots
 
     def __getitem__(self, slot: int) -> int | None:
@@ -104,19 +109,31 @@ class PageTable:
         if before is not None:
             self.pool.release(before)
         self._pages[slot] = page
+        self.addresses[slot] = self.pool.address(page)
 
     def content(self, slot: int) -> NDArray[Any]:
         """Return the page of a slot that has one."""
         return self.pool.content(self._page(slot))
 
-    def address(self, slot: int) -> int:
-        """Return the address of the page of a slot that has one."""
-        return self.pool.address(self._page(slot))
+    def read(self, slot: int) -> NDArray[Any]:
+        """Return a copy of the page of a slot that has one."""
+        return self.content(slot).copy()
+
+    def fill(self, slot: int, content: NDArray[Any]) -> None:
+        """Put a new page there, with this content.
+
+        Raises:
+            MemoryError: There are no more pages; nothing has changed.
+        """
+        page = self.pool.acquire()
+        self.pool.content(page)[:] = content
+        self[slot] = page
 
     def fork(self) -> PageTable:
         """Return a twin that shares all pages."""
         twin = PageTable(self.pool, len(self._pages))
         twin._pages = list(self._pages)
+        twin.addresses[:] = self.addresses
         for page in self._used():
             self.pool.share(page)
         return twin

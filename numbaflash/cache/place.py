@@ -13,9 +13,10 @@ from ..device_arrays import AnyArray
 from ..problem import Scoring
 from .layer import Layer
 from .layout import RingLayout
+from .page_format import PageFormat
 from .quantizers import Quantizer
 
-__all__ = ["CacheShape", "Place", "Pool"]
+__all__ = ["CacheShape", "Place", "Pool", "check_quantizer"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,16 @@ class CacheShape:
     layout: RingLayout
     dtype: np.dtype[Any]
     quantizer: Quantizer | None
+
+
+def check_quantizer(shape: CacheShape, quantizer: Quantizer) -> PageFormat:
+    """Return what a cache's pages of codes look like.
+
+    Raises:
+        ValueError: The quantizer is of another model, or does not go with the head_dim.
+    """
+    quantizer.check_model(shape.num_layers, shape.kv_heads, shape.head_dim)
+    return quantizer.page_format(shape.dtype.name, shape.kv_heads, shape.layout.page_size, shape.head_dim)
 
 
 class Pool(Protocol):

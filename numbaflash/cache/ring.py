@@ -52,7 +52,7 @@ class RingKVCache:
         rollback: So many of the newest tokens can always be truncated, with the whole window still there.
         backend: "cpu"; "cuda", where arrays on the GPU are read and written where they lie, in the order of their
             library's current stream; "emulated", the GPU's kernels on the emulator: slow, and checked. None: "cuda"
-            where a GPU is there and dtype is a float, else "cpu".
+            where a GPU is there, else "cpu".
 
     Attributes:
         layout: Capacity, sink tokens, page size and rollback, and the slots that follow from them.
@@ -84,9 +84,7 @@ class RingKVCache:
         self.layout = ring_layout(capacity, sink_tokens, page_size, rollback)
         self.dtype = storage_dtype(dtype)
         self.quantizer = choose_quantizer(self.dtype, quantizer)
-        # Kernels of devices take floats alone.
-        accepted = BACKENDS if backend is not None or self.quantizer is None else ("cpu",)
-        self.backend = choose_backend(backend, accepted)
+        self.backend = choose_backend(backend, BACKENDS)
         self._place = _place_of(self.backend)
         self.pools, layers = self._place.open(self._shape())
         self._hold(layers)

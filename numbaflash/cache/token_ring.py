@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..cpu.paging import RING, gather_tokens, list_runs, scatter_tokens
 from .layout import RingLayout
-from .pages import PagePool, PageTable
+from .pages import PageTable
 
 __all__ = ["TokenRing"]
 
@@ -20,7 +20,7 @@ class TokenRing:
 
     Args:
         layout: Which of them are kept, and where.
-        pool: Pages of tokens, (2, kv_heads, page_size, head_dim).
+        table: Of pages of tokens, (2, kv_heads, page_size, head_dim).
 
     Attributes:
         length: Tokens seen.
@@ -32,16 +32,16 @@ class TokenRing:
         record_address: Of the ring as compiled functions see it, a RING record.
     """
 
-    def __init__(self, layout: RingLayout, pool: PagePool) -> None:
+    def __init__(self, layout: RingLayout, table: PageTable) -> None:
+        pool = table.pool
         self.length = 0
         self.intact = layout.sink_tokens
         self.dtype = pool.dtype
         _, self.kv_heads, page_size, self.head_dim = pool.shape
         self._layout = layout
-        self._table = PageTable(pool, layout.slots)
-        self._addresses = np.zeros(layout.slots, np.int64)
+        self._table = table
         record = (
-            self._addresses.ctypes.data,
+            table.addresses.ctypes.data,
             page_size,
             layout.sink_tokens,
             layout.sink_slots,
@@ -54,11 +54,8 @@ class TokenRing:
 
     def fork(self) -> TokenRing:
         """Return a twin that shares all pages."""
-        twin = TokenRing(self._layout, self._table.pool)
-        twin.length = self.length
-        twin.intact = self.intact
-        twin._table = self._table.fork()
-        twin._addresses[:] = self._addresses
+        twin = TokenRing(self._layout, self._table.fork())
+        twin.length, twin.intact = self.length, self.intact
         return twin
 
     def release(self) -> None:
@@ -110,7 +107,6 @@ class TokenRing:
             if self._table[slot] is not None:
                 pool.content(page)[:] = self._table.content(slot)
             self._table[slot] = page
-            self._addresses[slot] = pool.address(page)
         for first, behind in self._pieces(len(keys)):
             self._copy(scatter_tokens, first, behind, keys[first - start :], values[first - start :])
         self.length = stop

@@ -10,6 +10,8 @@ from numba import float32, int32, int64
 
 from numbaflash.problem import Scoring
 
+from .codes import CodeFormat
+
 __all__ = ["DECODE_PARAMETERS", "DecodeVariant"]
 
 
@@ -20,12 +22,13 @@ class DecodeVariant:
     Attributes:
         head_dim: Elements of a query, a key and a value, padded to a multiple of 8.
         dtype: Of the pages.
-        step_dtype: Of the queries, of the step's own keys and values, and of the output.
+        step_dtype: Of the queries, of the output, and, where pages hold floats, of the step's own keys and values.
         masked: There are several tokens, so that not every row sees every key.
         softcap: s -> softcap * tanh(s / softcap).
         alibi: s -> s - slope * |query position - key position|.
         sinks: Each head has a sink logit.
         scaled: The scale is not positive, so that the largest q.k is not the largest score.
+        codes: How pages of codes lie, beside which `dtype` is that of all other tokens; None: there are none.
     """
 
     head_dim: int
@@ -36,10 +39,17 @@ class DecodeVariant:
     alibi: bool = False
     sinks: bool = False
     scaled: bool = False
+    codes: CodeFormat | None = None
 
     @classmethod
     def of(
-        cls, head_dim: int, dtype: np.dtype[Any], step_dtype: np.dtype[Any], scoring: Scoring, tokens: int
+        cls,
+        head_dim: int,
+        dtype: np.dtype[Any],
+        step_dtype: np.dtype[Any],
+        scoring: Scoring,
+        tokens: int,
+        codes: CodeFormat | None = None,
     ) -> DecodeVariant:
         """Return the variant for steps of so many tokens; head_dim is padded."""
         return cls(
@@ -51,6 +61,7 @@ class DecodeVariant:
             alibi=scoring.alibi_slopes is not None,
             sinks=scoring.sink_logits is not None,
             scaled=scoring.scale <= 0,
+            codes=codes,
         )
 
 

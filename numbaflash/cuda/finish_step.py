@@ -32,9 +32,9 @@ FINISH_PARAMETERS = {
     **dict.fromkeys(("out_batch", "out_token", "out_head"), int64),
     # Pieces of output to look at and of keys and values to append: 0 where nothing is merged, or no tokens are new.
     **dict.fromkeys(("merged", "appended"), int64),
-    **dict.fromkeys(("tokens", "q_heads", "kv_heads"), int32),
+    **dict.fromkeys(("tokens", "queries", "q_heads", "kv_heads"), int32),
 }
-"""Name and type of the kernel's parameters, in order."""
+"""Name and type of the kernel's parameters, in order. `tokens` are the step's, `queries` the most of a record."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class FinishStep:
     Attributes:
         head_dim: Elements of a row, padded to a multiple of 8.
         dtype: Of the pages.
-        step_dtype: Of k, v and out.
+        step_dtype: Of out.
+        token_dtype: Of k and v.
         has_sinks: Each head has a sink logit.
         has_owns: Sequences may have a result of `own_keys`.
     """
@@ -54,6 +55,7 @@ class FinishStep:
     head_dim: int
     dtype: str
     step_dtype: str
+    token_dtype: str
     has_sinks: bool = False
     has_owns: bool = False
 
@@ -76,12 +78,14 @@ class FinishStep:
             self.head_dim, self.has_sinks, self.has_owns, self.threads, RECORD.itemsize
         )  # fmt: skip
         PIECES, LOG2 = self.head_dim // PIECE, float32(LOG2_E)
-        ROW_BYTES, STEP_BYTES = self.head_dim * itemsize(self.dtype), itemsize(self.step_dtype)
-        PAGE_BYTES = itemsize(self.dtype)
+        OUT_BYTES, TOKEN_BYTES, PAGE_BYTES = (
+            itemsize(dtype) for dtype in (self.step_dtype, self.token_dtype, self.dtype)
+        )
+        ROW_BYTES = self.head_dim * PAGE_BYTES
         NOTHING = float32(NOTHING_SEEN)
-        load_partial, load_own, load_step = (
+        load_partial, load_own, load_token = (
             load_elements(halved(D), "float32"), load_elements(IN_ORDER, "float32"),
-            load_elements(IN_ORDER, self.step_dtype),
+            load_elements(IN_ORDER, self.token_dtype),
         )  # fmt: skip
         store_out, store_page = (store_elements(IN_ORDER, dtype) for dtype in (self.step_dtype, self.dtype))
 
@@ -116,33 +120,34 @@ class FinishStep:
 
         def finish_step(
             k, v, out, records, partials, partial_sums, sinks, owns, own_sums, k_batch, k_token, k_head, v_batch,
-            v_token, v_head, out_batch, out_token, out_head, merged, appended, tokens, q_heads, kv_heads,
+            v_token, v_head, out_batch, out_token, out_head, merged, appended, tokens, queries, q_heads, kv_heads,
         ):  # fmt: skip
             number = int64(ptx.block_x()) * THREADS + ptx.thread_x()
             O, part = cuda.local.array(PIECE, float32), cuda.local.array(PIECE, float32)
             if number < merged:
                 row = number // PIECES
                 column = (number - row * PIECES) * PIECE
-                rows_each = int64(tokens) * q_heads
-                sequence = row // rows_each
-                at = row - sequence * rows_each
-                record = records + RECORD_BYTES * sequence
+                rows_each = int64(queries) * q_heads
+                index = row // rows_each
+                at = row - index * rows_each
+                token = at // q_heads
+                record = records + RECORD_BYTES * index
                 splits = ptx.load_global_b32(record + 40)
                 number_of_own = int64(ptx.load_global_b32(record + 52)) if OWNS else int64(-1)
-                if splits > 1 or number_of_own >= 0:
-                    token = at // q_heads
+                if (splits > 1 or number_of_own >= 0) and token < ptx.load_global_b32(record + 64):
                     head = at - token * q_heads
                     sink = ptx.load_global_f32(sinks + 4 * head) * LOG2 if SINKS else NOTHING
                     own, own_sum = int64(0), int64(0)
                     if number_of_own >= 0:
                         own = owns + (number_of_own * rows_each + at) * D * 4
-                        own_sum = own_sums + 4 * ((number_of_own * q_heads + head) * tokens + token)
+                        own_sum = own_sums + 4 * ((number_of_own * q_heads + head) * queries + token)
                     merge(
                         ptx.load_global_b32(record + 36), splits, at, column, partials, partial_sums, sink,
                         own, own_sum, rows_each, O, part,
                     )  # fmt: skip
-                    place = out + sequence * out_batch + token * out_token + head * out_head
-                    store_out(place + column * STEP_BYTES, O)
+                    token += ptx.load_global_b32(record + 60)
+                    place = out + ptx.load_global_b32(record + 56) * out_batch + token * out_token + head * out_head
+                    store_out(place + column * OUT_BYTES, O)
             elif number - merged < appended:
                 row = (number - merged) // PIECES
                 column = (number - merged - row * PIECES) * PIECE
@@ -164,7 +169,7 @@ class FinishStep:
                     source = k + sequence * k_batch + token * k_token + head * k_head
                     if half:
                         source = v + sequence * v_batch + token * v_token + head * v_head
-                    load_step(source + column * STEP_BYTES, O)
+                    load_token(source + column * TOKEN_BYTES, O)
                     page = ptx.load_global_b64(ptx.load_global_b64(record) + 8 * slot)
                     row_in_page = ((half * kv_heads + head) << page_shift) + (behind & ((1 << page_shift) - 1))
                     store_page(page + row_in_page * ROW_BYTES + column * PAGE_BYTES, O)

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from numbaflash.device_arrays import DeviceArray
 from numbaflash.problem import FLOAT32, Scoring
 
+from .code_decode import CodeDecode
+from .codes import CodeFormat
 from .decode_variant import DECODE_PARAMETERS, DecodeVariant
 from .device import Dimensions
 from .finish_step import FINISH_PARAMETERS, FinishStep
@@ -26,11 +28,11 @@ from .paged_keys import ITEM, RECORD
 from .parameters import numpy_arguments, score_factors
 from .row_elements import PIECE
 from .solve import Launchable, Queue
-from .splits import rounded_up, split_keys
+from .splits import KEY_TILE, rounded_up, split_keys
 from .tensor_decode import TensorDecode
 from .vector_decode import VectorDecode
 
-__all__ = ["MAX_POSITION", "Layout", "PagedLayer", "PagedSequence", "padded", "step"]
+__all__ = ["MAX_POSITION", "Layout", "PagedCodes", "PagedLayer", "PagedSequence", "padded", "step"]
 
 MAX_POSITION = 2**31 - 2**20
 """Most tokens of a sequence: kernels reckon positions in 32 bits."""
@@ -63,6 +65,9 @@ class Layout(Protocol):
     def ring_slots(self) -> int:
         """Slots of the tokens that go round."""
 
+    def by_pages(self, start: int, stop: int) -> Sequence[tuple[int, int, int]]:
+        """Part positions by the pages that they stand in: number of the page, first position, and that behind."""
+
 
 @dataclass(frozen=True)
 class PagedLayer:
@@ -73,13 +78,30 @@ class PagedLayer:
 
     Attributes:
         kv_heads: Heads of keys and values.
-        head_dim: Elements of a key and of a value.
+        head_dim: Elements of a key and of a value; a multiple of 32 where there are codes.
         dtype: Of what pages hold.
+        codes: How pages of codes lie, beside those of `dtype`, float16; None: there are none. Then a query sees the
+            sink tokens and its own page, up to itself, in `dtype`, and all pages between as codes.
     """
 
     kv_heads: int
     head_dim: int
     dtype: np.dtype[Any]
+    codes: CodeFormat | None = None
+
+
+class PagedCodes(NamedTuple):
+    """A sequence's pages of codes.
+
+    Attributes:
+        table: Device address of their page table: page p, by its number behind the sink tokens, is in slot p % slots.
+        slots: Length of the table.
+        window: Newest tokens that a query sees, its own included, be they codes or not.
+    """
+
+    table: int
+    slots: int
+    window: int
 
 
 class PagedSequence(NamedTuple):
@@ -90,12 +112,24 @@ class PagedSequence(NamedTuple):
         layout: Its ring.
         length: Tokens in its pages; position of the step's first token.
         start: Position of the first query.
+        codes: Its pages of codes; those that the step fills are among them already.
     """
 
     table: int
     layout: Layout
     length: int
     start: int
+    codes: PagedCodes | None = None
+
+
+class _Stretch(NamedTuple):
+    """Queries of one sequence that see the same pages; pages are of codes, and numbered behind the sink tokens."""
+
+    entry: int
+    start: int
+    stop: int
+    first_page: int = 0
+    own_page: int = 0
 
 
 def padded(head_dim: int) -> int:
@@ -120,7 +154,7 @@ def step(
         layer: What the sequences have in common.
         sequences: N of them; the pages that new tokens go to are in their tables.
         q: (N, T, Hq, D); None to append only.
-        k: (N, T, Hkv, D), q's dtype; None to attend only.
+        k: (N, T, Hkv, D), q's dtype, or float16 where there are codes; None to attend only.
         v: (N, T, Hkv, D), likewise.
         scoring: Of q; without a bias.
         out: (N, T, Hq, D) of q's dtype, contiguous, is written.
@@ -165,30 +199,38 @@ class _Call:
     ) -> None:
         self.queue, self.layer, self.sequences, self.tokens, self.dtype = queue, layer, sequences, tokens, dtype
         self.width = padded(layer.head_dim)
-        self.records = np.zeros(len(sequences), RECORD)
-        for record, sequence in zip(self.records, sequences, strict=True):
+        self.stretches = _stretches(sequences, tokens)
+        self.queries = max(stretch.stop - stretch.start for stretch in self.stretches)
+        self.records = np.zeros(len(self.stretches), RECORD)
+        for record, stretch in zip(self.records, self.stretches, strict=True):
+            sequence = sequences[stretch.entry]
             layout = sequence.layout
-            record["table"], record["start"], record["length"] = sequence.table, sequence.start, sequence.length
-            record["window"], record["sink_tokens"] = min(layout.window, MAX_POSITION), layout.sink_tokens
+            record["table"], record["start"], record["length"] = sequence.table, stretch.start, sequence.length
+            record["window"], record["sink_tokens"] = min(_window(sequence), MAX_POSITION), layout.sink_tokens
             record["sink_slots"], record["ring_slots"] = layout.sink_slots, layout.ring_slots
             record["kept_from"] = max(layout.sink_tokens, sequence.length + tokens - layout.ring_tokens)
             record["splits"], record["page_shift"] = 1, layout.page_size.bit_length() - 1
-            record["end"], record["own"] = sequence.start + tokens, -1
-        self.common = {"kv_heads": layer.kv_heads, "tokens": tokens}
+            record["end"], record["own"] = stretch.stop, -1
+            record["entry"], record["first_query"] = stretch.entry, stretch.start - sequence.start
+            record["queries"] = stretch.stop - stretch.start
+            record["first_page"], record["own_page"] = stretch.first_page, stretch.own_page
+            if sequence.codes is not None:
+                record["code_table"], record["code_slots"] = sequence.codes.table, sequence.codes.slots
 
     def attend(self, q: DeviceArray, tail: _Tail | None, scoring: Scoring, out: DeviceArray) -> None:
         """Queue the attention, and what follows it."""
         queue, layer = self.queue, self.layer
         q_heads = q.shape[2]
-        rows = self.tokens * (q_heads // layer.kv_heads)
-        kernel = _kernel(DecodeVariant.of(self.width, layer.dtype, q.dtype, scoring, self.tokens), rows)
-        row_blocks = -(-rows // kernel.rows)
+        group = q_heads // layer.kv_heads
+        variant = DecodeVariant.of(self.width, layer.dtype, q.dtype, scoring, self.tokens, layer.codes)
+        kernel = _kernel(variant, self.tokens * group)
+        row_blocks = -(-self.queries * group // kernel.rows)
         own_keys = self._own_keys(tail)
-        items = self._split(rows, layer.kv_heads * row_blocks, own_keys)
+        items = self._split(group, kernel.rows, own_keys)
         several, results = bool((self.records["splits"] > 1).any()), int(self.records["own"].max()) + 1
         # All of these live until the launches that read them are queued.
         uploaded = queue.place(np.concatenate([self.records.view(np.uint8), items.view(np.uint8)]))
-        partials = (len(items) if (items["partial"] >= 0).any() else 0, self.tokens, q_heads)
+        partials = (len(items) if (items["partial"] >= 0).any() else 0, self.queries, q_heads)
         outs, sums = queue.temporary((*partials, self.width), FLOAT32), queue.temporary((*partials, 2), FLOAT32)
         owns = queue.temporary((results, self.tokens, q_heads, self.width), FLOAT32)
         own_sums = queue.temporary((results, q_heads, self.tokens), FLOAT32)
@@ -198,7 +240,8 @@ class _Call:
         )
         factor, cap = score_factors(scoring)
         values = {
-            **self.common,
+            "kv_heads": layer.kv_heads,
+            "tokens": self.queries,
             **_places(q=q, out=whole),
             **_places(**_of(tail)),
             "records": uploaded.address,
@@ -210,7 +253,7 @@ class _Call:
             "slopes": 0 if slopes is None else slopes.address,
             "sinks": 0 if sinks is None else sinks.address,
             "q_heads": q_heads,
-            "group": q_heads // layer.kv_heads,
+            "group": group,
             "factor": factor,
             "cap": cap,
         }
@@ -220,7 +263,7 @@ class _Call:
             launches.append((kernel, grid, numpy_arguments(DECODE_PARAMETERS, values)))
         if tail is not None:
             self._attend_to_own(own_keys, OwnKeys(queue, q, *tail, scoring, slopes, sinks), whole, owns, own_sums)
-        merged = math.prod(q.shape[:3]) if several or results else 0
+        merged = len(self.records) * self.queries * q_heads if several or results else 0
         launches += self._finish(values, merged, tail, sinks=sinks is not None, owns=results > 0)
         queue.launch_all(launches)
         if whole is not out:
@@ -230,7 +273,12 @@ class _Call:
         """Queue what makes the step's tokens part of the pages."""
         records = self.queue.place(self.records.view(np.uint8))
         unused = dict.fromkeys(("partials", "partial_sums", "owns", "own_sums", "sinks", "q_heads"), 0)
-        values = {**self.common, **_places(out=None, **_of(tail)), **unused, "records": records.address}
+        values = {
+            "kv_heads": self.layer.kv_heads,
+            **_places(out=None, **_of(tail)),
+            **unused,
+            "records": records.address,
+        }
         self.queue.launch_all(self._finish(values, 0, tail, sinks=False, owns=False))
 
     def _finish(
@@ -241,8 +289,11 @@ class _Call:
         merged, appended = merged_rows * pieces, 0 if tail is None else 2 * math.prod(tail.k.shape[:3]) * pieces
         if not merged + appended:
             return []
-        kernel = FinishStep(self.width, self.layer.dtype.name, self.dtype.name, sinks and merged > 0, owns)
-        values = values | {"merged": merged, "appended": appended}
+        token_dtype = self.dtype if tail is None else tail.k.dtype
+        kernel = FinishStep(
+            self.width, self.layer.dtype.name, self.dtype.name, token_dtype.name, sinks and merged > 0, owns
+        )
+        values = values | {"merged": merged, "appended": appended, "tokens": self.tokens, "queries": self.queries}
         return [(kernel, kernel.grid(merged + appended), numpy_arguments(FINISH_PARAMETERS, values))]
 
     def _attend_to_own(
@@ -254,7 +305,7 @@ class _Call:
         sums: DeviceArray,
     ) -> None:
         """Queue what FlashAttention-2 does for the sequences that have a first key of their own."""
-        windows = [sequence.layout.window for sequence in self.sequences]
+        windows = [_window(self.sequences[stretch.entry]) for stretch in self.stretches]
         parts = list(own_parts(own_keys, windows, self.records["own"].tolist(), self.tokens))
         if parts and rounding(self.layer.dtype.name, self.dtype.name):
             k, v = (rounded(self.queue, array, self.layer.dtype.name) for array in (step.k, step.v))
@@ -264,8 +315,8 @@ class _Call:
 
     def _own_keys(self, tail: _Tail | None) -> list[int | None]:
         """Return `first_own_key` of each sequence."""
-        if tail is None:
-            return [None] * len(self.sequences)
+        if tail is None or self.layer.codes is not None:
+            return [None] * len(self.stretches)
         return [
             first_own_key(
                 sequence.length,
@@ -278,16 +329,24 @@ class _Call:
             for sequence in self.sequences
         ]
 
-    def _split(self, rows: int, blocks: int, own_keys: Sequence[int | None]) -> NDArray[Any]:
-        """Part the keys of each sequence, note it in the records, and return the work list."""
+    def _split(self, group: int, block_rows: int, own_keys: Sequence[int | None]) -> NDArray[Any]:
+        """Part the keys that each stretch sees, note it in the records, and return the work list.
+
+        Args:
+            group: Query heads of a KV head.
+            block_rows: Query rows of a block.
+            own_keys: Of each stretch, which of its keys of its own is not looked at, like all behind it.
+        """
         items: list[tuple[int, int, int, int]] = []
         partials = results = 0
-        for index, (record, sequence, own) in enumerate(zip(self.records, self.sequences, own_keys, strict=True)):
+        for index, (record, stretch, own) in enumerate(zip(self.records, self.stretches, own_keys, strict=True)):
             # The keys of the oldest row are the first ones, of the newest the last.
-            layout = sequence.layout
-            oldest = max(layout.sink_tokens, sequence.start - layout.window + 1)
-            end = sequence.start + self.tokens if own is None else sequence.length + own
-            keys = min(layout.sink_tokens, end) + max(0, end - oldest)
+            sequence = self.sequences[stretch.entry]
+            sinks, page_size = sequence.layout.sink_tokens, sequence.layout.page_size
+            oldest = max(sinks + stretch.own_page * page_size, stretch.start - _window(sequence) + 1)
+            end = stretch.stop if own is None else sequence.length + own
+            coded = (stretch.own_page - stretch.first_page) * page_size
+            keys = coded + min(sinks, end) + max(0, end - oldest)
             record["end"] = end
             if not keys:
                 record["splits"] = 0
@@ -295,7 +354,10 @@ class _Call:
             if own is not None:
                 record["own"] = results
                 results += 1
-            size = split_keys(keys, rows, self.width, self.layer.dtype.itemsize, blocks, self.queue.device)
+            rows = (stretch.stop - stretch.start) * group
+            blocks = self.layer.kv_heads * -(-rows // block_rows)
+            tile, itemsize = self._unit(page_size)
+            size = split_keys(keys, rows, self.width, itemsize, blocks, self.queue.device, tile)
             splits = -(-keys // size)
             record["first_partial"], record["splits"] = partials, splits
             several = splits > 1 or own is not None
@@ -307,13 +369,41 @@ class _Call:
             items += [(0, 0, 0, partials + i) for i in range(rounded_up(len(items)) - len(items))]
         return np.array(items, ITEM)
 
+    def _unit(self, page_size: int) -> tuple[int, float]:
+        """Keys that shares are multiples of, and bytes of an element."""
+        codes = self.layer.codes
+        if codes is None:
+            return KEY_TILE, self.layer.dtype.itemsize
+        return max(KEY_TILE, page_size), (codes.key_nbytes + codes.value_nbytes) / (2 * page_size * self.width)
 
-def _kernel(variant: DecodeVariant, rows: int) -> VectorDecode | TensorDecode:
+
+def _stretches(sequences: Sequence[PagedSequence], tokens: int) -> list[_Stretch]:
+    """Part the queries of all sequences by what they see; that of the first ones of sequence n is number n."""
+    parts: list[list[_Stretch]] = []
+    for entry, sequence in enumerate(sequences):
+        layout, start, stop = sequence.layout, sequence.start, sequence.start + tokens
+        if sequence.codes is None:
+            parts.append([_Stretch(entry, start, stop)])
+            continue
+        parts.append([])
+        for own, first, behind in layout.by_pages(start, stop):
+            oldest = max(layout.sink_tokens, first - sequence.codes.window + 1)
+            parts[-1].append(_Stretch(entry, first, behind, (oldest - layout.sink_tokens) // layout.page_size, own))
+    return [part[0] for part in parts] + [stretch for part in parts for stretch in part[1:]]
+
+
+def _window(sequence: PagedSequence) -> int:
+    return sequence.layout.window if sequence.codes is None else sequence.codes.window
+
+
+def _kernel(variant: DecodeVariant, rows: int) -> VectorDecode | TensorDecode | CodeDecode:
     """Choose the kernel for so many query rows of a KV head.
 
     Tensor cores take 16 rows at the price of one, and 16-bit numbers of one dtype. One row is memory's to bound on CUDA
     cores as well, which compute no empty rows beside it.
     """
+    if variant.codes is not None:
+        return CodeDecode.of(variant, rows)
     if rows > 1 and variant.dtype == variant.step_dtype != "float32":
         return TensorDecode.of(variant, rows)
     return VectorDecode.of(variant, rows)

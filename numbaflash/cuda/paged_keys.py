@@ -1,11 +1,13 @@
 """Where a kernel finds the keys and values that a block of query rows sees: in pages, through a table, and in the step.
 
-A launch serves sequences of any lengths. Each has a record, and each share of its keys that a block computes is an item
-of a work list; both lie in device memory as the structures below say. A step's own tokens are not in the pages yet:
-they are read from the caller's arrays.
+A launch serves sequences of any lengths. Queries that see the same pages have a record: all of a sequence's, or, where
+pages hold codes, those that stand in one page. Each share of their keys that a block computes is an item of a work
+list; both lie in device memory as the structures below say. A step's own tokens are not in the pages yet: they are read
+from the caller's arrays.
 
 The keys that a row block sees are numbered without gaps: the sink tokens first, then the window of its oldest row, up
-to the position of its newest, or to where the launch ends to look.
+to the position of its newest, or to where the launch ends to look. Where there are codes, their pages' keys come before
+these, and the window does not reach beyond the queries' own page.
 """
 
 from __future__ import annotations
@@ -34,12 +36,19 @@ RECORD = np.dtype(
         ("page_shift", np.int32),  # log2 of the tokens of a page
         ("end", np.int32),  # position behind the last key that is looked at
         ("own", np.int32),  # number of the result about the keys behind it (`own_keys`), -1 where there are none
+        ("entry", np.int32),  # of q, k, v and out, which is the sequence's
+        ("first_query", np.int32),  # of its tokens there
+        ("queries", np.int32),  # tokens from there on
+        ("code_slots", np.int32),  # of the page table of codes
+        ("code_table", np.int64),  # address of that: addresses of pages, page p's in slot p % code_slots
+        ("first_page", np.int32),  # of codes that the first query sees, by its number behind the sink tokens
+        ("own_page", np.int32),  # that the queries stand in, behind all pages of codes that they see
     ]
 )
-"""A sequence of a launch."""
+"""Queries of a launch that see the same pages. That of the first ones of sequence n is number n."""
 
 ITEM = np.dtype([("sequence", np.int32), ("first", np.int32), ("end", np.int32), ("partial", np.int32)])
-"""Keys `first` to `end` of a sequence, by number; `partial` is where the result goes, -1 where it is the whole one. An
+"""Keys `first` to `end` of record `sequence`, by number; `partial` is where the result goes, -1 where it is whole. An
 item without keys, which only fills a grid, has a `partial` that nobody reads."""
 
 
@@ -79,7 +88,8 @@ def list_keys() -> Any:
         sink_slots, ring_slots = ptx.load_global_b32(record + 24), ptx.load_global_b32(record + 28)
         end = min(int32(start + rows.last_token + 1), ptx.load_global_b32(record + 48))
         sinks = min(sink_tokens, end)
-        first = max(sink_tokens, int32(start + rows.first_token - window + 1))
+        own_page = ptx.load_global_b32(record + 84)  # 0 where pages hold floats
+        first = max(int32(sink_tokens + (own_page << page_shift)), int32(start + rows.first_token - window + 1))
         first_page = int32((first - sink_tokens) >> page_shift)
         return Listing(
             ptx.load_global_b64(record), start, length, window, sink_tokens, sink_slots, ring_slots,

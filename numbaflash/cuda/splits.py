@@ -20,28 +20,31 @@ MOST_PARTIAL_BYTES = 0.02
 """Partial results written and read, beside the bytes of the keys and values that they come from."""
 
 
-def split_keys(keys: int, rows: int, head_dim: int, itemsize: int, blocks: int, device: Device) -> int:
-    """Return the keys of a share, a multiple of `KEY_TILE`: as few shares as fill the device well.
+def split_keys(
+    keys: int, rows: int, head_dim: int, itemsize: float, blocks: int, device: Device, tile: int = KEY_TILE
+) -> int:
+    """Return the keys of a share, a multiple of `tile`: as few shares as fill the device well.
 
     Args:
         keys: That the sequence sees.
         rows: Query rows of a KV head.
         head_dim: Elements of a row in the pages.
-        itemsize: Bytes of one.
+        itemsize: Bytes of one, its share of scales included.
         blocks: Blocks of the sequence for each share.
         device: What is to be filled.
+        tile: What shares are multiples of.
     """
-    tiles = -(-keys // KEY_TILE)
+    tiles = -(-keys // tile)
     least = 2 * rows * 4 * (head_dim + 2) / (MOST_PARTIAL_BYTES * 2 * head_dim * itemsize)
     # A share is a whole number of tiles, so not every number of shares exists.
-    most = max(1, tiles // max(1, -(-int(least) // KEY_TILE)))
+    most = max(1, tiles // max(1, -(-int(least) // tile)))
     slots = device.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
     if blocks >= slots * ENOUGH:
-        return tiles * KEY_TILE
+        return tiles * tile
     sizes = sorted({-(-tiles // splits) for splits in range(1, min(most, slots) + 1)}, reverse=True)
     efficiency = {size: _wave_efficiency(blocks * -(-tiles // size), slots) for size in sizes}
     best = max(efficiency.values())
-    return next(size for size in sizes if efficiency[size] >= ENOUGH * best) * KEY_TILE
+    return next(size for size in sizes if efficiency[size] >= ENOUGH * best) * tile
 
 
 def rounded_up(items: int) -> int:

@@ -21,11 +21,12 @@ from numba.cuda import types
 
 from . import ptx
 from .block_result import BlockPlace, BlockResult
+from .decode_score import score_of
 from .decode_variant import DECODE_PARAMETERS, DecodeVariant
 from .lane_groups import merge_lane_groups, sum_lanes
 from .paged_keys import ITEM, RECORD, Rows, key_address, list_keys
 from .row_elements import RowShare, itemsize, load_elements, round_elements
-from .softmax import LOG2_E, NOTHING_SEEN
+from .softmax import NOTHING_SEEN
 
 __all__ = ["MAX_ROWS", "VectorDecode"]
 
@@ -84,7 +85,7 @@ class VectorDecode:
     def kernel(self) -> Callable[..., None]:
         """Return the kernel, for Numba to compile with `signature`."""
         variant, share, R = self.variant, self.share, self.rows
-        MASKED, SOFTCAP, ALIBI, SINKS = variant.masked, variant.softcap, variant.alibi, variant.sinks
+        MASKED, SINKS, score_one = variant.masked, variant.sinks, score_of(variant)
         D, CHUNK, LANES, E, EVEN, CHUNKS = (
             variant.head_dim, share.chunk, share.lanes, share.elements, share.even, share.chunks
         )  # fmt: skip
@@ -95,7 +96,7 @@ class VectorDecode:
         OUT = R * E
         result = self.result
         PITCH, SUMS = result.pitch, result.sums
-        LOG2, NOTHING = float32(LOG2_E), float32(NOTHING_SEEN)
+        NOTHING = float32(NOTHING_SEEN)
         load, load_step, round_step, list_block, address_of = (
             load_elements(share, variant.dtype), load_elements(share, variant.step_dtype),
             round_elements(share, variant.dtype), list_keys(), key_address(ROW_BYTES),
@@ -167,15 +168,8 @@ class VectorDecode:
                     dot = sum_group(dot)
                     row = min(first_row + r, last_row)
                     token = row // group
-                    if SOFTCAP:
-                        power = ptx.exp2(dot * factor)
-                        score = cap - float32(2) * cap * ptx.reciprocal(power + float32(1))
-                    else:
-                        score = dot * factor
-                    if ALIBI:
-                        head = kv_head * group + row - token * group
-                        slope = ptx.load_global_f32(slopes + 4 * (sequence * q_heads + head)) * LOG2
-                        score -= slope * float32(token - behind)
+                    head = kv_head * group + row - token * group
+                    score = score_one(dot, factor, cap, slopes + 4 * (sequence * q_heads + head), token - behind)
                     seen = there
                     if MASKED:
                         seen = (

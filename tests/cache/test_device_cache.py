@@ -206,12 +206,6 @@ def test_a_batch_whose_last_cache_has_no_page_left_changes_none(monkeypatch, rng
     assert [cache.length(0) for cache in caches] == [9, 9, 9]
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_codes_are_refused_by_name(dtype):
-    with pytest.raises(ValueError, match=rf"^dtype must be a float on emulator.*got {dtype}.*backend 'cpu'"):
-        emulated(dtype=dtype)
-
-
 def test_a_sequence_longer_than_positions_reach_is_refused(rng):
     cache = emulated()
     cache._layers[0].ring.length = MAX_POSITION

@@ -1,7 +1,4 @@
-"""The law of the cache: however the tokens are cut into steps, the results are those of the whole sequence.
-
-It holds on every backend; the emulator takes some 20 ms for a step, and so gets fewer examples.
-"""
+"""The law of the cache: however the tokens are cut into steps, the results are those of the whole sequence."""
 
 from __future__ import annotations
 
@@ -9,8 +6,8 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import BACKENDS, law
 from oracle import assert_close, expected_of_cache, random_tokens
 
 import numbaflash
@@ -25,23 +22,6 @@ def rings(draw):
         "page_size": draw(st.sampled_from([8, 16, 64])),
         "rollback": draw(st.integers(0, 30)),
     }
-
-
-BACKENDS = ["cpu", "emulated"]
-
-
-def law(examples, *strategies):
-    """Make a property of a function of a backend and of what the strategies draw."""
-
-    def decorate(body):
-        @pytest.mark.parametrize("backend", BACKENDS)
-        def test(backend):
-            count = examples if backend == "cpu" else examples // 8
-            settings(deadline=None, max_examples=count)(given(*strategies)(body))(backend)
-
-        return test
-
-    return decorate
 
 
 steps = st.lists(st.one_of(st.integers(0, 4), st.integers(5, 120)), min_size=1, max_size=8)

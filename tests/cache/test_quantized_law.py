@@ -7,8 +7,8 @@ import tempfile
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import BACKENDS, law
 from oracle import ROUNDING, random_tokens
 from quantized_oracle import expected_of_quantized
 
@@ -18,30 +18,51 @@ from numbaflash import AWQQuantizer, GroupQuantizer, HQQQuantizer
 HEAD_DIM = 32
 
 
-@st.composite
-def caches(draw):
-    """An empty cache and the heads of its queries."""
-    capacity = draw(st.integers(1, 90))
-    q_heads, kv_heads = draw(st.sampled_from([(1, 1), (8, 2), (3, 1)]))
-    kind = draw(st.sampled_from([GroupQuantizer, HQQQuantizer, AWQQuantizer]))
-    options = {"symmetric": draw(st.booleans())}
-    if kind is AWQQuantizer:
-        normal = np.random.default_rng(draw(st.integers(0, 99))).standard_normal((1, kv_heads, HEAD_DIM))
-        options["channel_scales"] = np.exp2(normal).astype(np.float32)
-    else:
-        options["keys"] = draw(st.sampled_from(["channel", "token"]))
-    cache = numbaflash.RingKVCache(
-        1,
-        kv_heads,
-        HEAD_DIM,
-        capacity=capacity,
-        sink_tokens=draw(st.integers(0, min(capacity - 1, 20))),
-        dtype=draw(st.sampled_from(["int8", "int4"])),
-        quantizer=kind(**options),
-        page_size=draw(st.sampled_from([8, 16, 64])),
-        rollback=draw(st.integers(0, 30)),
-    )
-    return cache, q_heads
+# On a device each format, and each number of rows, is a build of the kernel, of some seconds.
+FORMATS = {
+    "cpu": st.tuples(
+        st.sampled_from(["int8", "int4"]),
+        st.sampled_from([GroupQuantizer, HQQQuantizer, AWQQuantizer]),
+        st.booleans(),
+        st.sampled_from(["channel", "token"]),
+        st.sampled_from([8, 16, 64]),
+    ),
+    "emulated": st.sampled_from(
+        [("int8", GroupQuantizer, False, "channel", 16), ("int4", AWQQuantizer, True, "token", 8)]
+    ),
+}
+HEADS = {"cpu": st.sampled_from([(1, 1), (8, 2), (3, 1)]), "emulated": st.just((4, 2))}
+
+
+def caches(backend):
+    """Arguments of a cache, and the heads of its queries."""
+
+    @st.composite
+    def drawn(draw):
+        capacity = draw(st.integers(1, 90))
+        q_heads, kv_heads = draw(HEADS[backend])
+        dtype, kind, symmetric, keys, page_size = draw(FORMATS[backend])
+        options = {"symmetric": symmetric}
+        if kind is AWQQuantizer:
+            normal = np.random.default_rng(draw(st.integers(0, 99))).standard_normal((1, kv_heads, HEAD_DIM))
+            options["channel_scales"] = np.exp2(normal).astype(np.float32)
+        else:
+            options["keys"] = keys
+        ring = {
+            "capacity": capacity,
+            "sink_tokens": draw(st.integers(0, min(capacity - 1, 20))),
+            "page_size": page_size,
+            "rollback": draw(st.integers(0, 30)),
+        }
+        return {"num_kv_heads": kv_heads, "dtype": dtype, "quantizer": kind(**options), **ring}, q_heads
+
+    return drawn()
+
+
+def made(backend, drawn):
+    """An empty cache, and the heads of its queries."""
+    arguments, q_heads = drawn
+    return numbaflash.RingKVCache(1, head_dim=HEAD_DIM, backend=backend, **arguments), q_heads
 
 
 steps = st.lists(st.one_of(st.integers(0, 4), st.integers(5, 120)), min_size=1, max_size=8)
@@ -63,10 +84,9 @@ def take_steps(cache, q, k, v, chunks, **options):
     return np.concatenate([cache.step(0, q[a:b], k[a:b], v[a:b], **options) for a, b in itertools.pairwise(cuts)])
 
 
-@settings(deadline=None, max_examples=120)
-@given(caches(), steps, seeds)
-def test_results_do_not_depend_on_how_tokens_are_cut_into_steps(made, chunks, seed):
-    cache, q_heads = made
+@law(120, caches, steps, seeds)
+def test_results_do_not_depend_on_how_tokens_are_cut_into_steps(backend, drawn, chunks, seed):
+    cache, q_heads = made(backend, drawn)
     q, k, v = tokens_of(np.random.default_rng(seed), sum(chunks), cache, q_heads)
 
     out = take_steps(cache, q, k, v, chunks)
@@ -76,10 +96,9 @@ def test_results_do_not_depend_on_how_tokens_are_cut_into_steps(made, chunks, se
     assert cache.nbytes <= cache.max_nbytes
 
 
-@settings(deadline=None, max_examples=60)
-@given(caches(), steps, steps, st.data())
-def test_a_truncated_cache_goes_on_as_if_the_tokens_had_never_come(made, before, after, data):
-    cache, q_heads = made
+@law(60, caches, steps, steps, st.data())
+def test_a_truncated_cache_goes_on_as_if_the_tokens_had_never_come(backend, drawn, before, after, data):
+    cache, q_heads = made(backend, drawn)
     total, layout = sum(before), cache.layout
     length = data.draw(st.integers(max(total - layout.rollback, 0), total))
     if total <= layout.capacity:  # no window has holes: any page boundary will do
@@ -96,10 +115,9 @@ def test_a_truncated_cache_goes_on_as_if_the_tokens_had_never_come(made, before,
     assert_close(out, expected_of_quantized(cache, q, k, v)[length:])
 
 
-@settings(deadline=None, max_examples=40)
-@given(caches(), steps, steps, steps)
-def test_forks_go_their_own_ways_from_the_same_tokens(made, common, left_steps, right_steps):
-    parent, q_heads = made
+@law(40, caches, steps, steps, steps)
+def test_forks_go_their_own_ways_from_the_same_tokens(backend, drawn, common, left_steps, right_steps):
+    parent, q_heads = made(backend, drawn)
     rng = np.random.default_rng(sum(common))
     shared = tokens_of(rng, sum(common), parent, q_heads)
     take_steps(parent, *shared, common)
@@ -112,10 +130,9 @@ def test_forks_go_their_own_ways_from_the_same_tokens(made, common, left_steps, 
         assert_close(out, expected_of_quantized(cache, *whole)[sum(common) :])
 
 
-@settings(deadline=None, max_examples=40)
-@given(caches(), steps, st.integers(1, 40))
-def test_append_and_attend_give_what_step_gives(made, before, tokens):
-    cache, q_heads = made
+@law(40, caches, steps, st.integers(1, 40))
+def test_append_and_attend_give_what_step_gives(backend, drawn, before, tokens):
+    cache, q_heads = made(backend, drawn)
     tokens = min(tokens, cache.layout.rollback + 1)
     total = sum(before) + tokens
     q, k, v = tokens_of(np.random.default_rng(tokens), total, cache, q_heads)
@@ -127,17 +144,16 @@ def test_append_and_attend_give_what_step_gives(made, before, tokens):
     assert_close(out, expected_of_quantized(cache, q, k, v)[sum(before) :])
 
 
-@settings(deadline=None, max_examples=30)
-@given(caches(), steps, steps)
-def test_a_cache_that_was_saved_goes_on_from_its_file(made, before, after):
-    cache, q_heads = made
+@law(30, caches, steps, steps)
+def test_a_cache_that_was_saved_goes_on_from_its_file(backend, drawn, before, after):
+    cache, q_heads = made(backend, drawn)
     total = sum(before)
     q, k, v = tokens_of(np.random.default_rng(total), total + sum(after), cache, q_heads)
     take_steps(cache, q[:total], k[:total], v[:total], before)
 
     with tempfile.TemporaryDirectory() as folder:
         cache.save(f"{folder}/cache")
-        loaded = numbaflash.RingKVCache.load(f"{folder}/cache")
+        loaded = numbaflash.RingKVCache.load(f"{folder}/cache", backend=backend)
     assert loaded.nbytes <= cache.nbytes
     out = take_steps(loaded, q[total:], k[total:], v[total:], after)
 
@@ -145,15 +161,14 @@ def test_a_cache_that_was_saved_goes_on_from_its_file(made, before, after):
     assert_close(out, expected_of_quantized(cache, q, k, v)[total:])
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.data(), st.integers(0, 20), st.integers(1, 3))
-def test_a_batch_of_caches_steps_as_each_would_alone(data, tokens, count):
+@law(30, st.data(), st.integers(0, 20), st.integers(1, 3))
+def test_a_batch_of_caches_steps_as_each_would_alone(backend, data, tokens, count):
     rng = np.random.default_rng(tokens)
     held, histories = [], []
     for _ in range(count):
         sinks = data.draw(st.integers(0, 10))
         ring = {"capacity": data.draw(st.integers(11, 60)), "sink_tokens": sinks, "page_size": 8, "rollback": 9}
-        cache = numbaflash.RingKVCache(2, 2, HEAD_DIM, dtype="int4", quantizer="hqq", **ring)
+        cache = numbaflash.RingKVCache(2, 2, HEAD_DIM, dtype="int4", quantizer="hqq", backend=backend, **ring)
         histories.append(tokens_of(rng, data.draw(st.integers(0, 100)), cache, 4))
         cache.append(1, *histories[-1][1:])
         held.append(cache)
@@ -184,11 +199,12 @@ def test_every_format_of_page_is_read_as_it_was_written(head_dim, quantizer, dty
     assert_close(out, expected_of_quantized(cache, q, k, v))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_outputs_have_the_dtype_of_the_queries(dtype):
+def test_outputs_have_the_dtype_of_the_queries(backend, dtype):
     rng = np.random.default_rng(0)
     q, k, v = (random_tokens(rng, 40, heads, HEAD_DIM, dtype=np.dtype(dtype)) for heads in (4, 2, 2))
-    cache = numbaflash.RingKVCache(1, 2, HEAD_DIM, capacity=30, dtype="int8", page_size=8)
+    cache = numbaflash.RingKVCache(1, 2, HEAD_DIM, capacity=30, dtype="int8", page_size=8, backend=backend)
 
     out = take_steps(cache, q, k, v, [20, 1, 19])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from laws import BACKENDS
 from oracle import random_tokens
 
 import numbaflash
@@ -25,10 +26,11 @@ def fill(cache, count, layer=0):
     cache.append(layer, tokens(count), tokens(count))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e5])
 @pytest.mark.parametrize("name", ["k", "v"])
-def test_what_is_not_finite_in_float16_is_refused_and_nothing_changes(bad, name):
-    cache = cache_of()
+def test_what_is_not_finite_in_float16_is_refused_and_nothing_changes(backend, bad, name):
+    cache = cache_of(backend=backend)
     fill(cache, 20)
     before = cache.attend(0, tokens(3, 4))
     new = {"q": tokens(7, 4), "k": tokens(7), "v": tokens(7)}
@@ -85,8 +87,9 @@ def test_a_page_that_cannot_be_had_leaves_the_cache_and_its_pages_as_they_were(m
     np.testing.assert_array_equal(cache.attend(0, tokens(2, 4)), before)
 
 
-def test_bytes_are_what_the_shape_says():
-    cache = cache_of()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bytes_are_what_the_shape_says(backend):
+    cache = cache_of(backend=backend)
     one = layer_nbytes(2, 32, cache.layout, "int4", "group")
     # Of a head, a token has 16 bytes of key, 16 of value and the value's scale and offset; a page those of its keys'
     # 32 channels.
@@ -105,8 +108,9 @@ def test_bytes_of_a_token_follow_from_the_quantizer(quantizer, token):
     assert layer_nbytes(2, 32, cache_of().layout, "int4", quantizer).token == token
 
 
-def test_truncation_reaches_any_page_boundary_and_into_pages_that_are_there_in_float16():
-    cache = cache_of()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_truncation_reaches_any_page_boundary_and_into_pages_that_are_there_in_float16(backend):
+    cache = cache_of(backend=backend)
     for layer in range(2):
         fill(cache, 60, layer)
     # Pages begin at 3, 11, ... 51, 59; in float16 there are the newest 5 + 8 tokens: whole from 51 on.
@@ -119,16 +123,18 @@ def test_truncation_reaches_any_page_boundary_and_into_pages_that_are_there_in_f
     assert cache.length(0) == 2
 
 
-def test_attend_refuses_queries_whose_pages_are_there_as_codes_only():
-    cache = cache_of()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attend_refuses_queries_whose_pages_are_there_as_codes_only(backend):
+    cache = cache_of(backend=backend)
     fill(cache, 60)
     assert cache.attend(0, tokens(6, 4)).shape == (6, 4, 32)
     with pytest.raises(ValueError, match="q must have tokens whose pages are still there in float16"):
         cache.attend(0, tokens(20, 4))
 
 
-def test_a_fork_shares_pages_of_codes():
-    cache = cache_of()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_fork_shares_pages_of_codes(backend):
+    cache = cache_of(backend=backend)
     fill(cache, 50)
     before = cache.pools[1].nbytes
     fork = cache.fork()

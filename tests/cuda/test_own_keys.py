@@ -178,7 +178,7 @@ def test_nothing_spills_for_want_of_registers(cc, dtype, head_dim):
     scoring = Scoring(left=True, right=True)
     kernel = FlashV2.of(Variant(head_dim, head_dim, dtype, scoring, lse=True), cc, wide=True)
     assert build(kernel, cc).usage.spill_bytes == 0
-    assert build(FinishStep(head_dim, dtype, dtype, has_sinks=True, has_owns=True), cc).usage.spill_bytes == 0
+    assert build(FinishStep(head_dim, dtype, dtype, dtype, has_sinks=True, has_owns=True), cc).usage.spill_bytes == 0
 
 
 def test_a_short_step_stays_with_the_decode_kernels(monkeypatch):

@@ -8,7 +8,6 @@ import pytest
 from oracle import assert_close, expected_of_cache, random_tokens
 
 import numbaflash
-from numbaflash.cuda import device as device_module
 from numbaflash.cuda.build import build
 from numbaflash.cuda.decode_variant import DecodeVariant
 from numbaflash.cuda.device import EmulatedDevice
@@ -18,20 +17,6 @@ from numbaflash.cuda.tensor_decode import TensorDecode
 from numbaflash.cuda.vector_decode import MAX_ROWS, VectorDecode
 
 A100 = (8, 0)
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """The counts of each launch."""
-    reports = []
-    launch = device_module._EmulatedKernel.launch
-
-    def watch(kernel, *args, **kwargs):
-        launch(kernel, *args, **kwargs)
-        reports.append(kernel._device.last_report)
-
-    monkeypatch.setattr(device_module._EmulatedKernel, "launch", watch)
-    return reports
 
 
 def tokens_of(tokens, q_heads, kv_heads, head_dim, dtype=np.float16):
@@ -135,7 +120,7 @@ def test_a_step_is_two_launches_however_many_sessions(launches, sessions):
 def test_nothing_spills_on_cuda_cores(head_dim, dtype, rows):
     variant = DecodeVariant(head_dim, dtype, dtype, masked=rows > 1, softcap=True, alibi=True, sinks=True)
     assert build(VectorDecode.of(variant, rows), A100).usage.spill_bytes == 0
-    assert build(FinishStep(head_dim, dtype, dtype, has_sinks=True), A100).usage.spill_bytes == 0
+    assert build(FinishStep(head_dim, dtype, dtype, dtype, has_sinks=True), A100).usage.spill_bytes == 0
 
 
 @pytest.mark.parametrize(("head_dim", "rows"), [(64, 16), (128, 16), (128, 64), (256, 32), (256, 64)])

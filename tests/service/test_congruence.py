@@ -75,8 +75,7 @@ def check_that_a_session_is_a_cache(
     stream: bool,
 ) -> None:
     shape = {"capacity": capacity, "sink_tokens": sink_tokens, "dtype": storage, "page_size": page_size}
-    # Devices take floats alone; the server knows.
-    cache = numbaflash.RingKVCache(2, 2, 32, **shape, backend="cpu" if storage == "int8" else backend)
+    cache = numbaflash.RingKVCache(2, 2, 32, **shape, backend=backend)
     rng = np.random.default_rng(0)
     with contextlib.ExitStack() as forks:
         session = forks.enter_context(client.create_session(2, 2, 32, **shape, stream=stream))

@@ -1,0 +1,114 @@
+"""A quantized layer on a device: pages of codes and of float16 tokens, which one kernel reads as they are.
+
+New tokens come through the host: there they are rounded, looked at for what is not finite, and there full pages are
+quantized, all by the code that caches in host memory run, so that codes are the same to the bit and a file goes on
+anywhere. Where the arrays lie on a GPU, that waits for it once in a step, for only the host can raise an error when
+NaN arrives; the tokens of a page that had begun are read back once in `page_size` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cuda.paged import PagedCodes, PagedSequence
+from ..cuda.solve import Queue
+from ..device_arrays import AnyArray, DeviceArray
+from .device_pages import DevicePagePool, DevicePageTable
+from .device_ring import DeviceLayer, DeviceRing
+from .quantized import QuantizedLayer
+
+__all__ = ["DeviceQuantizedLayer"]
+
+# A page table of this many slots has page p in slot p.
+_ENDLESS = 2**31 - 1
+
+
+class DeviceQuantizedLayer(QuantizedLayer, DeviceLayer):
+    """A `QuantizedLayer` on a device."""
+
+    ring: DeviceRing
+    table: DevicePageTable
+
+    # Pages that the tokens received fill: number of the first, their content, and the pages once they are prepared.
+    _first_filled: int = 0
+    _filled: Sequence[Any] | NDArray[np.uint8] = ()
+    _pages: Sequence[int] = ()
+    _listed: DeviceArray | None = None
+
+    @property
+    def pools(self) -> list[DevicePagePool]:
+        """Where its pages come from."""
+        return [self.ring.pool, self.table.pool]
+
+    @classmethod
+    def receive(cls, layers: Sequence[Self], k: AnyArray, v: AnyArray, queue: Queue) -> tuple[AnyArray, AnyArray]:
+        """Fold new tokens, (N, T, Hkv, D), round them to float16, and quantize the pages that they fill.
+
+        Raises:
+            ValueError: Some are not finite in float16; no layer has changed.
+        """
+        arrived = zip(layers, _on_host(k, queue), _on_host(v, queue), strict=True)
+        stored = [layer.fold_and_round(keys, values) for layer, keys, values in arrived]
+        for layer, tokens in zip(layers, stored, strict=True):
+            layer._first_filled, layer._filled = layer.quantize_full_pages(*tokens)
+        keys, values = (np.stack(arrays) for arrays in zip(*stored, strict=True))
+        return keys, values
+
+    @classmethod
+    def fold_queries(cls, layers: Sequence[Self], q: AnyArray, queue: Queue) -> AnyArray:
+        """Fold queries, (N, T, Hq, D), on the host where the quantizer folds any, and round them to their dtype."""
+        if all(layer.quantizer.folding is None for layer in layers):
+            return q
+        pairs = zip(layers, _on_host(q, queue), strict=True)
+        folded = [layer.quantizer.fold_queries(layer.index, queries) for layer, queries in pairs]
+        return np.stack(folded).astype(q.dtype)
+
+    def sequence(self, start: int, queue: Queue) -> PagedSequence:
+        """Return the layer as kernels that are queued now will see it, for queries from `start` on.
+
+        Pages that are being filled have no slots yet, for what these hold may still be seen: then all are listed.
+        """
+        window, ring = self.layout.window, self.ring.sequence(start, queue)
+        if not self._pages:
+            return ring._replace(codes=PagedCodes(self.table.placed(queue), self.layout.ring_slots, window))
+        first = self.first_page(start)
+        seen = [self.table[self.slot_of(number)] for number in range(first, self._first_filled)]
+        seen += self._pages[max(0, first - self._first_filled) :]
+        listed = self._listed = queue.place(np.array(seen, np.int64))
+        return ring._replace(codes=PagedCodes(listed.address - 8 * first, _ENDLESS, window))
+
+    def prepare(self, tokens: int, queue: Queue) -> None:
+        """See that there are pages for the tokens received, and fill those of codes."""
+        super().prepare(tokens, queue)
+        self._pages = self.table.pool.acquire(len(self._filled), queue.stream)
+        for page, content in zip(self._pages, self._filled, strict=True):
+            queue.device.copy_in(page, content, queue.stream)
+
+    def commit(self, tokens: int) -> None:
+        """The tokens are there, and the pages of codes have their slots."""
+        super().commit(tokens)
+        for number, page in enumerate(self._pages, self._first_filled):
+            slot = self.slot_of(number)
+            if before := self.table[slot]:
+                self.table.pool.release(before)
+            self.table[slot] = page
+        self._forget()
+        self.overwritten_by_codes()
+
+    def discard(self) -> None:
+        """They are not: the pages go back."""
+        super().discard()
+        for page in self._pages:
+            self.table.pool.release(page)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._filled, self._pages, self._listed = (), (), None
+
+
+def _on_host(array: AnyArray, queue: Queue) -> NDArray[Any]:
+    return queue.read(array) if isinstance(array, DeviceArray) else array

@@ -1,0 +1,113 @@
+"""Decode over pages of codes on a device: right for every format, with no byte, register or conflict too many."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from oracle import ROUNDING, random_tokens
+from quantized_oracle import expected_of_quantized
+
+import numbaflash
+from numbaflash.cache.quantizers import quantizer_of
+from numbaflash.cuda.build import build
+from numbaflash.cuda.code_decode import CodeDecode
+from numbaflash.cuda.codes import CodeFormat
+from numbaflash.cuda.decode_variant import DecodeVariant
+
+A100 = (8, 0)
+
+
+def decoded(tokens, q_heads, kv_heads, head_dim, *, last=1, step_dtype=np.float32, options=None, **shape):
+    """Return a cache, the last tokens' step over those before, and what it must be."""
+    rng = np.random.default_rng(head_dim)
+    q, k, v = (random_tokens(rng, tokens, heads, head_dim, dtype=step_dtype) for heads in (q_heads, kv_heads, kv_heads))
+    cache = numbaflash.RingKVCache(1, kv_heads, head_dim, **shape, backend="emulated")
+    cache.append(0, k[:-last], v[:-last])
+    out = cache.step(0, q[-last:], k[-last:], v[-last:], **options or {})
+    want = expected_of_quantized(cache, *(x.astype(np.float32) for x in (q, k, v)), **options or {})
+    return cache, out, want[-last:]
+
+
+def assert_close(got, want):
+    tolerance = ROUNDING[got.dtype.name]
+    np.testing.assert_allclose(got.astype(np.float64), want, rtol=2 * tolerance, atol=max(2e-5, tolerance))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantizer", "head_dim", "page_size"),
+    [
+        ("int8", "group:symmetric", 32, 64),
+        ("int4", "group", 96, 16),
+        ("int8", "hqq:group_size=128,keys=token", 128, 32),
+        ("int4", "group:keys=token", 64, 8),
+        ("int4", "group:symmetric", 256, 256),
+    ],
+)
+def test_every_format_of_page_is_read_as_it_was_written(dtype, quantizer, head_dim, page_size):
+    ring = {"capacity": 500, "sink_tokens": 3, "page_size": page_size}
+    _, out, want = decoded(600, 2, 2, head_dim, dtype=dtype, quantizer=quantizer, **ring)
+    assert_close(out, want)
+
+
+@pytest.mark.parametrize("step_dtype", ["float16", "bfloat16"])
+def test_every_option_at_once_for_queries_of_a_group_that_stand_in_two_pages(step_dtype):
+    options = {
+        "scale": -0.2,
+        "softcap": 5.0,
+        "alibi_slopes": np.float32([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]),
+        "sink_logits": np.float32([0, 1, 2, -1, -2, 3]),
+    }
+    ring = {"capacity": 60, "sink_tokens": 4, "page_size": 16}
+    # 4 + 16 * 7 = 116: of the last six tokens, three are in either page.
+    dtype = np.dtype(getattr(ml_dtypes, step_dtype, step_dtype))
+    _, out, want = decoded(119, 6, 2, 64, last=6, step_dtype=dtype, dtype="int4", options=options, **ring)
+    assert_close(out, want)
+
+
+def bytes_of(accesses):
+    return 32 * sum(access.sectors for access in accesses)
+
+
+@pytest.mark.parametrize(("dtype", "quantizer"), [("int8", "group"), ("int4", "group"), ("int4", "group:keys=token")])
+def test_codes_and_scales_are_read_once_in_whole_sectors_and_nothing_is_expanded_in_memory(launches, dtype, quantizer):
+    head_dim, page_size, pages, kv_heads = 128, 64, 8, 2
+    ring = {"capacity": 1000, "page_size": page_size}
+    tokens, stored = pages * page_size + 1, {"dtype": dtype, "quantizer": quantizer}
+    cache, _, _ = decoded(tokens, 2, kv_heads, head_dim, step_dtype=np.float16, **stored, **ring)
+    attend, finish = launches[-2:]
+    reads = [access for access in attend.global_ if access.op == "load"]
+    # Look-ups are a word or two for all lanes of a warp.
+    read = [access for access in reads if access.sectors > access.requests]
+    held = pages * cache.pools[1].page_nbytes
+    # Beside codes and scales, q, and the one token in float16. Scales of int8's values, 3 % of all, come in halves of
+    # sectors, which are visited twice.
+    assert held < bytes_of(read) < {"int4": 1.011, "int8": 1.04}[dtype] * held
+    assert all(access.efficiency == 1 for access in read if dtype == "int4" or access.wanted > 32 * access.requests)
+    # Written are the output, partial results where there are any, and the new token.
+    written = [access for report in (attend, finish) for access in report.global_ if access.op == "store"]
+    assert bytes_of(written) < 0.02 * bytes_of(read)
+
+
+def test_lanes_meet_no_bank_twice_where_they_read_queries(launches):
+    decoded(600, 2, 2, 128, dtype="int4", capacity=600, page_size=64)
+    attend = next(report for report in reversed(launches) if report.kernel == "code_decode")
+    # In the loop over pages queries are all that is read; it runs far more often than what comes before and after it.
+    most = max(access.wavefronts for access in attend.shared if access.op == "load")
+    loop = [access for access in attend.shared if access.op == "load" and access.wavefronts == most]
+    assert len(loop) == 16
+    assert sum(access.conflicts for access in loop) == 0
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(
+    ("dtype", "quantizer", "head_dim"),
+    [("int8", "group", 256), ("int4", "group", 128), ("int4", "group:keys=token", 64)],
+)
+def test_nothing_spills(dtype, quantizer, head_dim, rows):
+    pages = quantizer_of(quantizer).page_format(dtype, 8, 64, head_dim)
+    variant = DecodeVariant(
+        head_dim, "float16", "float16", masked=True, softcap=True, alibi=True, sinks=True, codes=CodeFormat.of(pages)
+    )
+    usage = build(CodeDecode.of(variant, rows), A100).usage
+    assert (usage.spill_bytes, usage.stack_bytes) == (0, 0)
