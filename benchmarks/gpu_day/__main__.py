@@ -22,11 +22,15 @@ from .parts import PARTS, Part, Row
 from .report import markdown
 
 _ROOT = Path(__file__).parents[2]
+_NEEDS = """Nothing is downloaded or installed. Needed: numba, numba-cuda, cuda-core 1.0 or newer, ml_dtypes; ptxas and
+libnvvm, of a CUDA 13 toolkit or of NVIDIA's wheels; a driver of CUDA 13 (580 or newer); torch with CUDA. Single parts
+need pytest and hypothesis (tests), what the extra "demo" asks for (service), compute-sanitizer, ncu, flash-attn,
+FlashInfer: without them there is a row that says so."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the parts that were asked for; as a child process, one of them."""
-    parser = argparse.ArgumentParser(prog="gpu_day", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="gpu_day", description=__doc__.partition("\n")[0], epilog=_NEEDS)
     parser.add_argument("--emulated", action="store_true", help="tiny shapes on the emulator: shows that it runs")
     parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "results", help="directory of the results")
     parser.add_argument("--part", action="append", choices=[part.name for part in PARTS], help="only this one")

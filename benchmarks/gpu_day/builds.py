@@ -11,13 +11,17 @@ from multiprocessing import get_context
 from typing import Any
 
 from numbaflash.cuda.build import Buildable, build
+from numbaflash.cuda.decode_variant import DecodeVariant
 from numbaflash.cuda.device import EmulatedDevice
 from numbaflash.cuda.driver import find_usable_gpu
+from numbaflash.cuda.finish_step import FinishStep
 from numbaflash.cuda.flash_v1 import FlashV1
 from numbaflash.cuda.flash_v2 import FlashV2
 from numbaflash.cuda.scoring import Scoring
 from numbaflash.cuda.standard import StandardScores, StandardSoftmax, StandardValues
+from numbaflash.cuda.tensor_decode import TensorDecode
 from numbaflash.cuda.variant import Variant
+from numbaflash.cuda.vector_decode import VectorDecode
 from numbaflash.problem import describe
 
 from .parts import Row
@@ -49,6 +53,8 @@ def _kernels(emulated: bool, cc: tuple[int, int]) -> Iterator[Buildable]:
     for variant in dict.fromkeys([*plain, *small]):
         yield from (kernel.of(variant) for kernel in (FlashV1, StandardScores, StandardSoftmax, StandardValues))
     yield from (FlashV2.of(variant, cc) for variant in small if variant not in plain)
+    decode = DecodeVariant(128, "float16", "float16")
+    yield from (VectorDecode.of(decode, 1), TensorDecode.of(decode, 4), FinishStep(128, "float16", "float16"))
 
 
 def _name(kernel: Buildable) -> str:

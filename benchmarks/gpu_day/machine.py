@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from numbaflash.cuda.driver import find_usable_gpu
+from numbaflash.cuda.driver import bindings, checked, find_usable_gpu
 from numbaflash.cuda.tools import find_tool
 
 from .parts import Row
 
-_PACKAGES = ("numpy", "numba", "numba-cuda", "llvmlite", "cuda-core", "cuda-bindings", "ml-dtypes", "torch")
+_PACKAGES = (
+    *("numpy", "numba", "numba-cuda", "llvmlite", "cuda-core", "cuda-bindings", "ml-dtypes", "torch"),
+    *("flash-attn", "flashinfer-python", "grpcio", "protobuf"),
+)
 _TOOLS = ("ptxas", "cuobjdump", "compute-sanitizer", "ncu")
 _GPU_FACTS = "name,driver_version,memory.total,clocks.max.sm,clocks.max.memory,power.limit,ecc.mode.current"
 
@@ -26,6 +29,8 @@ def describe_machine(emulated: bool) -> Iterator[Row]:
     yield {"what": "found", "value": note}
     if gpu:
         yield {"what": "compute capability", "value": "{}.{}".format(*gpu.compute_capability)}
+        known = checked(bindings().cuDriverGetVersion())
+        yield {"what": "CUDA of the driver", "value": f"{known // 1000}.{known % 1000 // 10}"}
     if smi := find_tool("nvidia-smi"):
         said = _output(smi, f"--query-gpu={_GPU_FACTS}", "--format=csv,noheader", "--id=0")
         for name, value in zip(_GPU_FACTS.split(","), said.split(", "), strict=False):
