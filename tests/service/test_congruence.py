@@ -2,49 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from driver_process import check_on_a_driver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import numbaflash
 from numbaflash_service import Client, wire
 
-CALLS = st.lists(
-    st.fixed_dictionaries(
-        {
-            "layer": st.integers(0, 1),
-            "tokens": st.one_of(st.just(1), st.integers(0, 12), st.integers(13, 90)),
-            "method": st.sampled_from(
-                ["step", "step", "prefill", "decode", "append", "append and attend", "truncate", "fork"]
-            ),
-            "options": st.fixed_dictionaries(
-                {},
-                optional={
-                    "scale": st.sampled_from([0.125, 0.3]),
-                    "softcap": st.sampled_from([0.0, 4.0]),
-                    "alibi_slopes": st.just(np.array([0.5, 0.25, 0.125, 0.0625], np.float32)),
-                    "sink_logits": st.just(np.array([0.0, 1.0, -1.0, -np.inf], np.float32)),
-                },
-            ),
-        }
-    ),
-    min_size=1,
-    max_size=6,
-)
-
-
-RINGS = {
-    "calls": CALLS,
-    "capacity": st.sampled_from([5, 33, 64]),
-    "sink_tokens": st.integers(0, 4),
-    "page_size": st.sampled_from([8, 64]),
-    "stream": st.booleans(),
-}
+from .congruence import DEVICE_STORAGE, RINGS, check_that_a_session_is_a_cache
 
 
 @settings(max_examples=60, deadline=None)
@@ -58,64 +29,14 @@ def test_a_session_is_a_ring_kv_cache(shared_client: Client, **drawn: Any) -> No
 
 
 @settings(max_examples=8, deadline=None)  # the emulator takes 20 ms and more for a step
-@given(**RINGS, storage=st.sampled_from(["float32", "int8"]))
+@given(**RINGS, storage=DEVICE_STORAGE)
 def test_a_session_of_a_device_is_a_ring_kv_cache_there(emulated_client: Client, **drawn: Any) -> None:
     check_that_a_session_is_a_cache(emulated_client, "emulated", dtype="float32", **drawn)
 
 
-def check_that_a_session_is_a_cache(
-    client: Client,
-    backend: str,
-    calls: list[dict[str, Any]],
-    capacity: int,
-    sink_tokens: int,
-    page_size: int,
-    storage: str,
-    dtype: str,
-    stream: bool,
-) -> None:
-    shape = {"capacity": capacity, "sink_tokens": sink_tokens, "dtype": storage, "page_size": page_size}
-    cache = numbaflash.RingKVCache(2, 2, 32, **shape, backend=backend)
-    rng = np.random.default_rng(0)
-    with contextlib.ExitStack() as forks:
-        session = forks.enter_context(client.create_session(2, 2, 32, **shape, stream=stream))
-        for call in calls:
-            layer, tokens, options = call["layer"], call["tokens"], call["options"]
-            q, k, v = (rng.standard_normal((tokens, heads, 32)).astype(wire.DTYPES[dtype]) for heads in (4, 2, 2))
-            if call["method"] == "truncate":
-                length = max(0, max(cache.length(0), cache.length(1)) - tokens)
-                outcomes = [truncation(form, length) for form in (session, cache)]
-                assert outcomes[0] == outcomes[1]
-            elif call["method"] == "fork":
-                session, cache = forks.enter_context(session.fork()), cache.fork()
-            elif call["method"] == "append":
-                assert session.append(layer, k, v) is cache.append(layer, k, v) is None
-            elif call["method"] == "append and attend":
-                last = min(tokens, 20)
-                for form in (session, cache):
-                    form.append(layer, k, v)
-                compare(session, cache, layer, lambda f: f.attend(layer, q[:last], **options))  # noqa: B023 - at once
-            else:
-                over_wire = getattr(session, call["method"])(layer, q, k, v, **options)
-                in_process = cache.step(layer, q, k, v, **options)
-                assert over_wire.dtype == in_process.dtype
-                assert over_wire.tobytes() == in_process.tobytes()
-            assert [session.length(i) for i in range(2)] == [cache.length(i) for i in range(2)]
-            assert [session.first(i) for i in range(2)] == [cache.first(i) for i in range(2)]
-
-
-def truncation(form: Any, length: int) -> bool:
-    """Say whether a form can be truncated; it is, then."""
-    try:
-        form.truncate(length)
-    except ValueError:
-        return False
-    return True
-
-
-def compare(session: Any, cache: Any, layer: int, call: Any) -> None:
-    assert call(session).tobytes() == call(cache).tobytes()
-    assert session.length(layer) == cache.length(layer)
+@pytest.mark.slow  # a process of its own that imports everything anew
+def test_a_server_on_a_cuda_driver_does_all_of_that_too(tmp_path: Path) -> None:
+    check_on_a_driver(Path(__file__).with_name("on_a_driver.py"), tmp_path)
 
 
 @pytest.fixture(scope="module")
