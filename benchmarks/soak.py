@@ -6,11 +6,13 @@ step back. One session of each client process runs in that process too, and its 
 The server's metrics are sampled every second. What must hold is printed beside what was seen; exit status 1 where
 something did not.
 
-    budget    reserved bytes of keys and values are never above --kv-memory
+    load      there were as many sessions as asked for, and a sample nearly every second
+    budget    bytes of keys and values, reserved and used, are never above --kv-memory
     latency   p99 of a decode step (one layer, the client's time, retries included) is within 10 times its p50
     memory    the server's resident bytes grow by less than 2 % over the second half
     errors    nothing but typed pushback (budget, queue, quota, busy): no call fails otherwise
     answers   none differs from the same session's in process
+    left      when all clients have gone, no byte is reserved and no page, file or step is left
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
@@ -47,6 +49,7 @@ from numbaflash_service import Client, RetryPolicy, ServiceError
 LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM, CAPACITY, PROMPT = 4, 8, 4, 64, 512, 600
 SHAPE: Final = {"num_layers": LAYERS, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "capacity": CAPACITY}
 PUSHBACK: Final = frozenset({"KV_BUDGET", "QUEUE_FULL", "QUOTA", "BUSY"})
+LEFT: Final = ("sessions", "kv_reserved_bytes", "kv_pages", "spilled_bytes", "queued_steps", "streams")
 _PROCESSES: Final = 4
 _SERVE: Final = "from numbaflash_service.cli import main; main()"
 
@@ -72,7 +75,7 @@ class Caller:
     """One client: some sessions, and turns with them.
 
     Args:
-        client: The connection, which the callers of a process share.
+        client: Its connection.
         sessions: How many to hold.
         seed: Of what it draws.
         mirror: Run the first session in process too.
@@ -149,11 +152,13 @@ class Caller:
 
 def run_clients(target: str, clients: int, sessions: int, ready: Any, minutes: float, seed: int) -> Seen:
     """Be one process of clients: make the sessions, wait for the other processes, take turns."""
-    # Patient: at the start all sessions are new, and none may be spilled in its first second.
-    with Client(target, retry=RetryPolicy(attempts=20)) as client:
-        counts = [share(sessions, clients, i) for i in range(clients)]
+    with ExitStack() as connections:
+        callers = []
         try:
-            callers = [Caller(client, n, seed * 1000 + i, mirror=i == 0) for i, n in enumerate(counts)]
+            for i in range(clients):
+                # Patient: at the start all sessions are new, and none may be spilled in its first second.
+                client = connections.enter_context(Client(target, retry=RetryPolicy(attempts=20)))
+                callers.append(Caller(client, share(sessions, clients, i), seed * 1000 + i, mirror=i == 0))
         except BaseException:
             ready.abort()
             raise
@@ -205,15 +210,24 @@ def sample(metrics: str) -> dict[str, float]:
     return {s.name + "".join(f" {v}" for v in s.labels.values()): s.value for f in families for s in f.samples}
 
 
-def judge(samples: list[dict[str, float]], seen: list[Seen], seconds: float) -> tuple[dict[str, Any], dict[str, bool]]:
-    """Return the figures, and what held."""
+def judge(
+    samples: list[dict[str, float]], seen: list[Seen], seconds: float, sessions: int
+) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Return the figures, and what held.
+
+    Args:
+        samples: Of the server's metrics, a second apart; the last one when all clients had gone.
+        seen: By the processes of clients.
+        seconds: That they ran.
+        sessions: That there should have been.
+    """
+    *samples, last = samples
     steps = np.concatenate([one.steps for one in seen])
     p50, p99 = (float(np.percentile(steps, share)) for share in (50, 99))
     resident = [s["process_resident_memory_bytes"] for s in samples[len(samples) // 2 :]]
     tenth = max(1, len(resident) // 10)
     growth = float(np.mean(resident[-tenth:]) / np.mean(resident[:tenth]) - 1)
     failed = sum((one.failed for one in seen), Counter[str]())
-    last = samples[-1]
     prefix = "numbaflash_errors_total "
     answered = {name.removeprefix(prefix): int(n) for name, n in last.items() if name.startswith(prefix)}
     figures = {
@@ -238,13 +252,16 @@ def judge(samples: list[dict[str, float]], seen: list[Seen], seconds: float) -> 
         "errors_answered": answered,
         "calls_failed": dict(failed),
         "answers_differing": sum(one.differing for one in seen),
+        "left": {name: int(last[f"numbaflash_{name}"]) for name in LEFT if last[f"numbaflash_{name}"]},
     }
     held = {
-        "budget": figures["kv_reserved_bytes_most"] <= figures["kv_memory_bytes"],
+        "load": figures["sessions"] >= sessions and len(samples) > 0.9 * seconds,
+        "budget": max(figures["kv_reserved_bytes_most"], figures["kv_used_bytes_most"]) <= figures["kv_memory_bytes"],
         "latency": p99 <= 10 * p50,
         "memory": growth < 0.02,
         "errors": set(answered) | set(failed) <= PUSHBACK,
         "answers": figures["answers_differing"] == 0,
+        "left": not figures["left"],
     }
     return figures, held
 
@@ -272,11 +289,14 @@ def soak(minutes: float, sessions: int, clients: int, fit: float) -> tuple[dict[
         samples, started = [], time.monotonic()
         while not all(job.done() for job in jobs):
             samples.append(sample(metrics))
-            time.sleep(1.0)
+            time.sleep(max(0.0, started + len(samples) - time.monotonic()))
+        seconds = time.monotonic() - started
+        time.sleep(1.0)  # the server hears of the end of streams a little later
+        samples.append(sample(metrics))
         broken = [error for job in jobs if (error := job.exception())]
         if broken:  # the first cause, not those that waited for it
             raise min(broken, key=lambda error: isinstance(error, threading.BrokenBarrierError))
-        return judge(samples, [job.result() for job in jobs], time.monotonic() - started)
+        return judge(samples, [job.result() for job in jobs], seconds, sessions)
 
 
 def share(total: int, parts: int, index: int) -> int:
@@ -289,8 +309,10 @@ def show(figures: dict[str, Any], held: dict[str, bool], caption: str) -> None:
     mib = {name: f"{figures[name] / 2**20:.1f}" for name in figures if "bytes" in name}
     pushback = ", ".join(f"{reason} {n}" for reason, n in figures["errors_answered"].items()) or "none"
     rows = (
+        ("load", "sessions, most of them on disk", f"{figures['sessions']}, {figures['spilled_sessions_most']}"),
+        ("", "samples", str(figures["samples"])),
         ("budget", "reserved of the budget, MiB", f"{mib['kv_reserved_bytes_most']} of {mib['kv_memory_bytes']}"),
-        ("", "sessions, most of them on disk", f"{figures['sessions']}, {figures['spilled_sessions_most']}"),
+        ("", "used by pages, MiB", mib["kv_used_bytes_most"]),
         ("", "spilled, brought back", f"{figures['spills']}, {figures['unspills']}"),
         (
             "latency",
@@ -304,6 +326,7 @@ def show(figures: dict[str, Any], held: dict[str, bool], caption: str) -> None:
         ("errors", "answered with", pushback),
         ("", "calls that failed after retries", str(figures["calls_failed"] or "none")),
         ("answers", "differing from those in process", str(figures["answers_differing"])),
+        ("left", "when all clients had gone", str(figures["left"] or "nothing")),
     )
     table = Table(title=f"Soak, {figures['seconds']} s", caption=caption)
     table.add_column("holds")
