@@ -7,6 +7,7 @@ needs an extra of its own.
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from enum import StrEnum
 from pathlib import Path
@@ -137,6 +138,7 @@ def serve(
         settings = configuration.load(**flags)
     except (ValueError, OSError) as error:
         _bad_usage(error)
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # what else it has to say is no JSON
     server = _load("server", extra="service")
     try:
         server.serve(settings)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from numbaflash import RingKVCache
 from numbaflash.cache.layout import RingLayout
+from numbaflash.cache.place import Pool
 from numbaflash.cache.quantizers import quantizer_of
 from numbaflash.cache.size import layer_nbytes
 
@@ -138,7 +139,6 @@ class Session:
         truncated_to: The length that the last of those took it back to.
         spilled: Where it is while it is on disk; its cache is None then, and no bytes are reserved for it.
         work: What is under way on its cache beside steps; the cache stays until that is done.
-        reserved: Whether `kv_bytes` are.
     """
 
     id: str
@@ -157,7 +157,6 @@ class Session:
     truncated_to: int | None = None
     spilled: Spilled | None = None
     work: asyncio.Task[Any] | None = None
-    reserved: bool = False
 
     @property
     def expires_at(self) -> float:
@@ -216,7 +215,7 @@ class SessionTable:
 
     def __init__(self, kv_memory: int, max_sessions: int) -> None:
         self.kv_memory = kv_memory
-        self.kv_reserved = 0
+        self._holding: dict[str, Session] = {}  # all that have bytes reserved, those on their way out as well
         self._max_sessions = max_sessions
         self._sessions: dict[str, Session] = {}
         self._tombstones: OrderedDict[str, tuple[Principal, Callable[[], SessionLostError]]] = (
@@ -281,8 +280,19 @@ class SessionTable:
                 # No waiting helps where the whole memory is too small.
                 retry_after=1.0 if session.kv_bytes <= self.kv_memory else None,
             )
-        self.kv_reserved += session.kv_bytes
-        session.reserved = True
+        self._holding[session.id] = session
+
+    @property
+    def kv_reserved(self) -> int:
+        """Bytes that sessions have reserved, and that pools hold beyond.
+
+        On a device the pages of a session and its forks lie in slabs, which are given back when the last of them has
+        ended: what one that ended before has left there is nobody else's to take.
+        """
+        reserved: defaultdict[tuple[Pool, ...], int] = defaultdict(int)
+        for session in self._holding.values():
+            reserved[session.cache.pools if session.cache else ()] += session.kv_bytes
+        return sum(max(nbytes, sum(pool.taken_nbytes for pool in pools)) for pools, nbytes in reserved.items())
 
     @property
     def kv_left(self) -> int:
@@ -315,9 +325,7 @@ class SessionTable:
 
     def release(self, session: Session) -> None:
         """Give back the bytes of a session whose cache is gone, where it has any."""
-        if session.reserved:
-            self.kv_reserved -= session.kv_bytes
-            session.reserved = False
+        self._holding.pop(session.id, None)
 
     def end_idle(self) -> list[Session]:
         """End the sessions whose time is over and that nothing is under way for, and return them."""

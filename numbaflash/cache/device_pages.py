@@ -118,7 +118,7 @@ class DevicePagePool:
             return len(self._owners) * self.page_nbytes
 
     @property
-    def reserved_nbytes(self) -> int:
+    def taken_nbytes(self) -> int:
         """Bytes that are taken from the device."""
         with self._lock:
             return self._pages * self._stride

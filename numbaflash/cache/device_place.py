@@ -139,6 +139,8 @@ class DevicePlace(Place):
     ) -> Any:
         """Attend, then append."""
         held = cast(Sequence[DeviceLayer], layers)
+        for layer in held:
+            layer.check_next()
         views, tokens = {"q": q, "k": k, "v": v}, k.shape[-3]
         with self._call(given, views, held) as queue:
             K, V = held[0].receive(held, _batched(k), _batched(v), queue)

@@ -206,6 +206,19 @@ class DeviceLayer(Layer):
         """Return queries, (N, T, Hq, D), as they are to meet the keys of N layers."""
         return q
 
+    def check_next(self) -> None:
+        """See that everything is there that the next token sees.
+
+        Raises:
+            RuntimeError: A step that failed when its tokens were written already has overwritten some of it.
+        """
+        try:
+            self.check_queries(self.length)
+        except ValueError:
+            raise RuntimeError(
+                f"layer {self.index} has lost tokens of its window to a step that failed on the device"
+            ) from None
+
     def sequence(self, start: int, queue: Queue) -> PagedSequence:
         """Return the layer as kernels that are queued now will see it, for queries from `start` on."""
         return self.ring.sequence(start, queue)

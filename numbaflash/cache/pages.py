@@ -82,6 +82,11 @@ class PagePool:
         with self._lock:
             return len(self._memory) * self.page_nbytes
 
+    @property
+    def taken_nbytes(self) -> int:
+        """Bytes of memory that it holds."""
+        return self.nbytes
+
 
 class PageTable:
     """Which page lies in which slot, for one of the owners of a pool's pages.

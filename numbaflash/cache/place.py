@@ -65,6 +65,10 @@ class Pool(Protocol):
     def nbytes(self) -> int:
         """Bytes of all pages that have an owner."""
 
+    @property
+    def taken_nbytes(self) -> int:
+        """Bytes of memory that it holds: those, and what it keeps for more."""
+
 
 class Place(ABC):
     """A place.

@@ -52,6 +52,7 @@ class Result:
         if not is_on_gpu(template):
             self._theirs = None
             self.array: Any = queue.temporary(shape, dtype)
+            self._host: NDArray[Any] = np.empty(shape, dtype)  # which must not fail when the work is done
             return
         self._theirs = empty_like(template, shape, dtype)
         self.array = queue.empty(shape, dtype) if self._theirs is None else view(self._theirs, "out")
@@ -63,9 +64,8 @@ class Result:
         if is_on_gpu(self._template):
             self._queue.stream.synchronize()  # nothing tells that library which stream the work is on
             return namespace_of(self._template).from_dlpack(exported(self.array))
-        host: NDArray[Any] = np.empty(self.array.shape, self.array.dtype)
-        self._queue.fetch(self.array, host)
-        return like(self._template, host)
+        self._queue.fetch(self.array, self._host)
+        return like(self._template, self._host)
 
 
 def common_ordinal(arrays: dict[str, DeviceArray]) -> int:

@@ -11,6 +11,7 @@ from numbaflash.cache.device_pages import DevicePagePool
 from numbaflash.cache.device_place import device_place
 from numbaflash.cuda import device as device_module
 from numbaflash.cuda.paged import MAX_POSITION
+from numbaflash.cuda.solve import Queue
 
 SHAPE = {"capacity": 30, "sink_tokens": 3, "page_size": 8, "rollback": 5, "dtype": "float32"}
 
@@ -111,7 +112,7 @@ def test_pages_are_out_of_few_allocations_and_never_more_than_all_rings_take(mon
     pages = pool.nbytes // pool.page_nbytes
     assert pages == 20
     assert len(slabs) <= 6  # each as large as all before: 1, 1, 2, 4, 8 and the rest
-    assert pool.reserved_nbytes <= cache.max_nbytes == cache.nbytes == pool.nbytes
+    assert pool.taken_nbytes <= cache.max_nbytes == cache.nbytes == pool.nbytes
 
 
 def test_pages_that_another_cache_gave_back_are_zeros(rng):
@@ -212,3 +213,45 @@ def test_a_sequence_longer_than_positions_reach_is_refused(rng):
     with pytest.raises(ValueError, match=rf"at most {MAX_POSITION} tokens on a device"):
         cache.step(0, *tokens_of(rng, 1))
     assert cache.length(0) == MAX_POSITION
+
+
+def interrupt_the_copy_back(monkeypatch, cache, *tokens):
+    """Break a step off when its tokens are written and its output is not there yet."""
+
+    def interrupt(*_args):
+        raise KeyboardInterrupt
+
+    length = cache.length(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Queue, "fetch", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cache.step(0, *tokens)
+    assert cache.length(0) == length
+
+
+def test_a_step_that_fails_after_its_tokens_were_written_costs_as_many_of_the_rollback(monkeypatch, rng):
+    q, k, v = tokens_of(rng, 60)
+    cache, twin = emulated(), emulated()
+    for one in (cache, twin):
+        one.append(0, k[:50], v[:50])
+    interrupt_the_copy_back(monkeypatch, cache, q[50:52], k[50:52], v[50:52])
+    with pytest.raises(ValueError, match="length must be at least 47"):
+        cache.truncate(45)  # five are promised; the failed step's two are lost
+    cache.truncate(47)
+    twin.truncate(47)
+    np.testing.assert_array_equal(cache.step(0, q[47:], k[47:], v[47:]), twin.step(0, q[47:], k[47:], v[47:]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_cache_that_lost_its_window_to_a_failed_step_says_so_and_computes_nothing_wrong(monkeypatch, rng, dtype):
+    q, k, v = tokens_of(rng, 100, head_dim=32)
+    cache = numbaflash.RingKVCache(1, 2, 32, **{**SHAPE, "dtype": dtype}, backend="emulated")
+    other = cache.fork()
+    cache.append(0, k[:50], v[:50])
+    interrupt_the_copy_back(monkeypatch, cache, q[50:], k[50:], v[50:])
+    with pytest.raises(RuntimeError, match="layer 0 has lost tokens of its window"):
+        cache.step(0, q[50:51], k[50:51], v[50:51])
+    both = (np.stack([one[50:51]] * 2) for one in (q, k, v))
+    with pytest.raises(RuntimeError, match="layer 0 has lost tokens"):
+        numbaflash.attention_batch([other, cache], 0, *both)
+    assert (other.length(0), cache.length(0)) == (0, 50)

@@ -66,6 +66,37 @@ def test_the_cache_never_takes_more_than_was_reserved(client: Client, qkv: Calla
     assert cache.max_nbytes <= session.max_nbytes
 
 
+def test_a_device_gives_no_more_than_was_reserved_also_to_forks_and_after_some_have_ended(
+    start_server: Any, qkv: Callable[..., Any]
+) -> None:
+    server = start_server(backend="emulated", kv_memory="1MiB")
+    table = server.server._servicer._table
+    with Client(server.target, retry=ONCE) as client:
+        session = client.create_session(1, 2, 32, capacity=40, page_size=8, dtype="float32")
+        session.step(0, **qkv(200, head_dim=32))
+        pools = next(iter(table)).cache.pools
+
+        def taken() -> int:
+            return sum(pool.taken_nbytes for pool in pools)
+
+        assert 0 < taken() <= session.max_nbytes == table.kv_reserved
+        forks = [session.fork() for _ in range(3)]
+        for seed, fork in enumerate(forks):
+            fork.step(0, **qkv(200, head_dim=32, seed=seed))  # which writes to all of its pages
+        most = taken()
+        assert 2 * session.max_nbytes < most <= 4 * session.max_nbytes == table.kv_reserved
+        for fork in forks:
+            fork.close()
+        assert table.kv_reserved == taken() == most  # of one pool, whose slabs stay
+        fork = session.fork()
+        fork.step(0, **qkv(200, head_dim=32))
+        assert table.kv_reserved == taken() == most
+        assert table.kv_left == MIB - most  # and what is left is all that others may have
+        for one in (fork, session):
+            one.close()
+        assert table.kv_left == MIB
+
+
 def test_sessions_share_a_hard_budget_and_give_it_back(start_server: Any) -> None:
     server = start_server(kv_memory=2 * MIB)
     with Client(server.target, retry=ONCE) as client:

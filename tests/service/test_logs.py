@@ -7,11 +7,13 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+import trustme
 
 from numbaflash_service import Client, RetryPolicy, logs
 from numbaflash_service.errors import KVBudgetError
@@ -101,3 +103,17 @@ def test_text_can_be_asked_for() -> None:
     assert "hello" in ended.stderr
     with pytest.raises(json.JSONDecodeError):
         json.loads(ended.stderr)
+
+
+def test_every_line_of_a_server_is_json_whatever_grpc_has_to_say(tmp_path: Path) -> None:
+    certificate = trustme.CA().issue_cert("localhost")
+    certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / "pem")
+    command = [sys.executable, "-c", "from numbaflash_service.cli import main; main()", "serve"]
+    command += ["--listen", "127.0.0.1:0", "--tls-cert", tmp_path / "pem", "--tls-key", tmp_path / "pem"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        target = process.stdout.readline().split()[-1]
+        with grpc.insecure_channel(target) as channel, pytest.raises(grpc.FutureTimeoutError):
+            grpc.channel_ready_future(channel).result(timeout=2)  # no TLS: gRPC tells of each handshake that fails
+        process.terminate()
+        lines = process.stderr.read().splitlines()
+    assert [json.loads(line)["event"] for line in lines][-2:] == ["stopping", "stopped"]
