@@ -18,6 +18,7 @@ from ..problem import MAX_HEAD_DIM
 __all__ = ["attention", "attention_heads_first", "sdpa"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 # Defined by hand: `torch.library.custom_op` wraps each call in 25 us of checks, this in 15. Torch has no types for it.
@@ -182,12 +183,11 @@ def attention_heads_first(
 ) -> torch.Tensor:
     """`attention` of tensors (batch, heads, tokens, head_dim), as PyTorch has them; the output has tokens first.
 
-    It goes through the operator only where autograd or a compiler must see it: the dispatcher takes 15 us.
+    It goes through the operator only where somebody must see it: the dispatcher takes 15 us.
     """
-    seen = torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    compute: Callable[..., tuple[torch.Tensor, torch.Tensor]] = (
+        _operator if _is_watched(query, key, value, bias, sink_logits) else _compute
     )
-    compute: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _operator if seen else _compute
     out, _ = compute(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -201,6 +201,19 @@ def attention_heads_first(
         sink_logits,
     )
     return out
+
+
+def _is_watched(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd, a compiler, a tracer, vmap or a tensor subclass takes part in a call of these tensors."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, make_fx, anybody's TorchDispatchMode
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(type(tensor) not in _PLAIN for tensor in given)
+        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
+    )
 
 
 def _serve(

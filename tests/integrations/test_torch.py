@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # as everybody calls it
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import numbaflash
 from numbaflash.integrations import torch as door
-from numbaflash.integrations.torch import attention, sdpa
+from numbaflash.integrations.torch import attention, attention_heads_first, sdpa
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -62,6 +68,25 @@ def test_compile_keeps_it_in_one_piece(backend: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(compiled(q, k, v), block(q, k, v))
         torch.testing.assert_close(compiled(q[:1], k[:1], v[:1]), block(q[:1], k[:1], v[:1]))
+
+
+CXX = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++")), None)
+
+
+@pytest.mark.skipif(CXX is None, reason="Inductor, torch.compile's default backend, wants a C++ compiler: none is here")
+@pytest.mark.slow  # Inductor and the compiler take 15 s
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor's own imports
+def test_the_default_backend_compiles_what_stands_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention(q * 2, k, v, causal=True, window=(4, None)).relu() + 1
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    quickly = {"cpp.simdlen": 1, "cpp_cache_precompile_headers": False}  # no search for vector units, no header cache
+    compiled = torch.compile(block, fullgraph=True, options=quickly)
+    q, k, v = qkv()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(q, k, v), block(q, k, v))
+    assert list(tmp_path.rglob("*.cpp"))  # the compiler was at work
 
 
 def test_a_meta_tensor_gives_shapes_and_dtypes() -> None:
@@ -177,6 +202,39 @@ def test_sdpa_serves_its_own_thread_until_it_ends(monkeypatch: pytest.MonkeyPatc
         other.join()
     F.scaled_dot_product_attention(*tensors)
     assert calls == []
+
+
+# Whoever calls, they are seen to: a call that went past them would read memory that is not there, or be a constant.
+HEADS_FIRST = [
+    pytest.param(lambda q, k, v: attention_heads_first(q, k, v).transpose(-3, -2), id="attention_heads_first"),
+    pytest.param(F.scaled_dot_product_attention, id="sdpa"),
+]
+
+
+@pytest.mark.parametrize("call", HEADS_FIRST)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap takes the batches one by one
+def test_vmap_maps_over_it(call: Callable[..., torch.Tensor]) -> None:
+    tensors = [torch.stack((x, x + 1, x - 1)) for x in heads_first()]
+    expected = F.scaled_dot_product_attention(*tensors)
+    with sdpa():
+        torch.testing.assert_close(torch.vmap(lambda q, k, v: call(q, k, v))(*tensors), expected)
+
+
+@pytest.mark.parametrize("call", HEADS_FIRST)
+def test_fake_tensors_give_shapes(call: Callable[..., torch.Tensor]) -> None:
+    with FakeTensorMode() as mode, sdpa():
+        out = call(*(mode.from_tensor(x) for x in heads_first()))
+    assert isinstance(out, FakeTensor)
+    assert out.shape == (2, 4, 6, 24)
+
+
+@pytest.mark.parametrize("call", HEADS_FIRST)
+def test_a_trace_records_the_operator(call: Callable[..., torch.Tensor]) -> None:
+    q, k, v = heads_first()
+    with sdpa():
+        traced = make_fx(lambda q, k, v: call(q, k, v))(q, k, v)
+    assert torch.ops.numbaflash.attention.default in [node.target for node in traced.graph.nodes]
+    torch.testing.assert_close(traced(k, q, v), F.scaled_dot_product_attention(k, q, v))
 
 
 def test_sdpa_serves_a_module_that_knows_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
