@@ -29,6 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 import numbaflash
+from numbaflash.cpu.micro import TILE_ROWS
+from numbaflash.cpu.panel import PANEL_ROWS
+from numbaflash.cpu.vector import LANES
 from numbaflash.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from numbaflash.integrations import onnx as onnx_door
 from numbaflash.integrations import torch as torch_door
@@ -50,12 +53,23 @@ class Cost:
 
 @dataclass(frozen=True)
 class Ragged:
-    """Seconds of ragged sequences and of the same padded; `work` is the share of multiply-adds that is no padding."""
+    """Seconds of ragged sequences and of the same padded, and the share of it that is no padding.
+
+    Attributes:
+        causal: Whether a query sees earlier keys alone.
+        ragged_s: Seconds, one behind the other.
+        padded_s: Seconds, padded to the longest.
+        tokens: Share of the tokens: what must be read and written.
+        pairs: Share of the pairs of a query and a key that it sees: what must be multiplied.
+        tiles: The same in whole register tiles, at which the kernels compute pairs.
+    """
 
     causal: bool
     ragged_s: float
     padded_s: float
-    work: float
+    tokens: float
+    pairs: float
+    tiles: float
 
 
 def main() -> None:
@@ -75,11 +89,12 @@ def main() -> None:
     for cost in costs:
         table.add_row(cost.door, f"{cost.direct_us:.1f}", f"{cost.added_us:+.1f}")
     console.print(table)
-    table = Table("64 ragged sequences", "ragged, ms", "padded, ms", "time, ragged / padded", "work, ragged / padded")
+    table = Table("64 ragged sequences", "ragged, ms", "padded, ms", "ragged / padded", "tokens", "pairs", "tiles")
     for row in ragged:
         ratio = row.ragged_s / row.padded_s
         name = "causal" if row.causal else "full"
-        table.add_row(name, f"{1e3 * row.ragged_s:.1f}", f"{1e3 * row.padded_s:.1f}", f"{ratio:.3f}", f"{row.work:.3f}")
+        shares = (f"{share:.3f}" for share in (ratio, row.tokens, row.pairs, row.tiles))
+        table.add_row(name, f"{1e3 * row.ragged_s:.1f}", f"{1e3 * row.padded_s:.1f}", *shares)
     console.print(table)
 
 
@@ -181,7 +196,28 @@ def _ragged(causal: bool) -> Ragged:
             call()
             pair.append(time.perf_counter() - start)
         times.append(pair)
-    return Ragged(causal, min(a for a, _ in times), min(b for _, b in times), float((lengths**2).sum() / (64 * 512**2)))
+
+    def share(cost: Callable[[int], int]) -> float:
+        return sum(cost(int(length)) for length in lengths) / (64 * cost(512))
+
+    return Ragged(
+        causal,
+        ragged_s=min(a for a, _ in times),
+        padded_s=min(b for _, b in times),
+        tokens=share(lambda length: length),
+        pairs=share(lambda length: length * (length + 1) // 2 if causal else length**2),
+        tiles=share(lambda length: _tiles(length, 4, causal)),
+    )
+
+
+def _tiles(length: int, group: int, causal: bool) -> int:
+    """Register tiles of one sequence and KV head: vectors of query rows times blocks of keys that any of them sees."""
+    total = 0
+    for row in range(0, length * group, PANEL_ROWS):
+        rows = min(length * group - row, PANEL_ROWS)
+        keys = (row + rows - 1) // group + 1 if causal else length
+        total += -(-rows // LANES) * -(-keys // TILE_ROWS)
+    return total
 
 
 if __name__ == "__main__":
