@@ -125,7 +125,7 @@ class _Call:
         self.lse = np.empty((*q.shape[:-3], q_heads, tokens), np.float32)
         self.is_empty = self.out.size == 0
         if q_bounds is not None:
-            tokens = int((q_bounds[1:] - q_bounds[:-1]).max(initial=0))
+            tokens = max((q_bounds[1:] - q_bounds[:-1]).tolist(), default=0)
         self._tokens: int = tokens
         self._runs = runs
         self._pairs = (len(runs.bounds) - 1) * runs.kv_heads

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cpu import UNBOUNDED, KVRuns, Visibility
-from ..cpu.runs import COUNT, K_ADDRESS, RUN_FIELDS, START, V_ADDRESS
+from ..cpu.runs import COUNT, K_ADDRESS, K_TOKEN_STRIDE, RUN_FIELDS, START, V_ADDRESS
 from .arguments import Window
 
 __all__ = ["PAGE_MULTIPLE", "check_pages", "join_runs", "page_runs", "sequence_runs", "visibility"]
@@ -39,8 +39,8 @@ def sequence_runs(
         count: Tokens of each.
     """
     table = _rows(len(count), k, v)
-    table[:, K_ADDRESS] += k_start
-    table[:, V_ADDRESS] += v_start
+    table[:, K_ADDRESS] = k_start + k.ctypes.data
+    table[:, V_ADDRESS] = v_start + v.ctypes.data
     table[:, START] = position
     table[:, COUNT] = count
     return np.arange(len(count)), table
@@ -56,8 +56,8 @@ def page_runs(
     number = np.arange(len(owner)) - np.repeat(np.cumsum(pages) - pages, pages)
     page = block_table[owner, number]
     table = _rows(len(owner), k, v)
-    table[:, K_ADDRESS] += page * k.strides[0]
-    table[:, V_ADDRESS] += page * v.strides[0]
+    table[:, K_ADDRESS] = page * k.strides[0] + k.ctypes.data
+    table[:, V_ADDRESS] = page * v.strides[0] + v.ctypes.data
     table[:, START] = number * page_size
     table[:, COUNT] = np.minimum(lengths[owner] - number * page_size, page_size)
     return owner, table
@@ -72,7 +72,7 @@ def join_runs(parts: list[OwnedRuns], sequences: int, k: NDArray[Any], v: NDArra
         owner, table = owner[order], table[order]
     return KVRuns(
         table=table,
-        bounds=np.searchsorted(owner, np.arange(sequences + 1)),
+        bounds=owner.searchsorted(np.arange(sequences + 1)),
         dtype=k.dtype,
         kv_heads=k.shape[-2],
         head_dim=k.shape[-1],
@@ -107,7 +107,7 @@ def visibility(q_tokens: NDArray[np.int64] | int, kv_tokens: NDArray[np.int64], 
 
 
 def _rows(count: int, k: NDArray[Any], v: NDArray[Any]) -> NDArray[np.int64]:
-    """Runs that all start where k and v do, with no tokens yet."""
+    """Runs of tokens that lie as those of k and v do; where, and which, is still to be filled in."""
     table = np.empty((count, RUN_FIELDS), np.int64)
-    table[:] = k.ctypes.data, v.ctypes.data, 0, 0, *k.strides[-3:-1], *v.strides[-3:-1]
+    table[:, K_TOKEN_STRIDE:] = *k.strides[-3:-1], *v.strides[-3:-1]
     return table

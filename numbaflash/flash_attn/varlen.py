@@ -208,8 +208,9 @@ def _tokens(which: str, bounds: NDArray[np.int64], total: int | None, max_seqlen
     except TypeError:
         raise TypeError(f"max_seqlen_{which} must be an int, got {type(max_seqlen).__name__}") from None
     tokens: NDArray[np.int64] = bounds[1:] - bounds[:-1]
-    longest = int(tokens.view(np.uint64).max())  # a negative number is larger than any length
-    if bounds[0] != 0 or longest >= 1 << 63:
+    lengths = tokens.tolist()  # Python's min and max take 0.5 us for 64 sequences, NumPy's 2 for any number
+    longest = max(lengths)
+    if bounds[0] != 0 or min(lengths) < 0:
         raise ValueError(f"cu_seqlens_{which} must rise from 0, got {bounds.tolist()}")
     if total is not None and bounds[-1] > total:
         raise ValueError(f"cu_seqlens_{which} must end at {total} tokens at most, got {int(bounds[-1])}")
