@@ -287,6 +287,12 @@ def inspect(
     sinks: Annotated[bool, typer.Option("--sinks", help="A sink logit for each head.")] = False,
     lengths: Annotated[bool, typer.Option("--lengths", help="A number of keys for each batch entry.")] = False,
     lse: Annotated[bool, typer.Option("--lse", help="The log-sum-exp is written as well.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="A step over a cache, as the options below say.")] = False,
+    q_heads: Annotated[int, typer.Option(min=1, help="Of a step: query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(min=1, help="... KV heads.")] = 8,
+    tokens: Annotated[int, typer.Option(min=1, help="... tokens in the cache, a multiple of 64.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, help="... its own.")] = 1,
+    kv_dtype: Annotated[KVDtype | None, typer.Option(help="... of the cache; default: of the arrays.")] = None,
     ptx: Annotated[Path | None, typer.Option(help="Write the PTX text to this file.")] = None,
     sass: Annotated[Path | None, typer.Option(help="Write the machine code to this file.")] = None,
     json: Json = False,
@@ -300,23 +306,41 @@ def inspect(
     if target is None:
         _bad_usage(ValueError(f"cc must be such as 8.0, got {cc!r}"))
     try:
-        _load("inspection", extra="cuda").run(
+        inspection = _load("inspection", extra="cuda")
+        common: dict[str, Any] = {
+            "head_dim": head_dim,
+            "dtype": dtype.value,
+            "cc": (int(target[1]), int(target[2])),
+            "softcap": softcap,
+            "alibi": alibi,
+            "sinks": sinks,
+            "json": json,
+            "ptx": ptx,
+            "sass": sass,
+        }
+        if decode:
+            others = {"value-dim": value_dim, "causal": causal, "left": left, "right": right, "lengths": lengths}
+            others |= {"lse": lse, "bias": bias is not Bias.none, "algorithm": algorithm is not Algorithm.v2}
+            if given := [f"--{name}" for name, value in others.items() if value not in (None, False)]:
+                raise ValueError(f"--decode does not go with {', '.join(given)}")
+            inspection.run_step(
+                q_heads=q_heads,
+                kv_heads=kv_heads,
+                tokens=tokens,
+                new_tokens=new_tokens,
+                kv_dtype=None if kv_dtype is None else kv_dtype.value,
+                **common,
+            )
+            return
+        inspection.run(
             algorithm=algorithm.value,
-            head_dim=head_dim,
             value_dim=value_dim,
-            dtype=dtype.value,
-            cc=(int(target[1]), int(target[2])),
             causal=causal,
             window=(left, right),
-            softcap=softcap,
             bias=bias.value,
-            alibi=alibi,
-            sinks=sinks,
             lengths=lengths,
             lse=lse,
-            json=json,
-            ptx=ptx,
-            sass=sass,
+            **common,
         )
     except ValueError as error:
         _bad_usage(error)

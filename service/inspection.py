@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from numbaflash.cache.inspection import inspect_step
 from numbaflash.cuda.inspection import FLASH_ATTENTION_2, KernelFacts, Peer, inspect
 
 # What an MMA costs the issue slots and each pipe: the rows of the hot loop.
@@ -40,17 +41,64 @@ def run(*, json: bool, ptx: Path | None, sass: Path | None, **options: Any) -> N
         OSError: A file cannot be written.
     """
     kernels = inspect(**options)
-    for path, texts in ((ptx, [kernel.ptx for kernel in kernels]), (sass, [kernel.sass for kernel in kernels])):
-        if path is not None:
-            path.write_text("\n".join(texts))
+    _write_listings(kernels, ptx, sass)
     peer = _peer_of(options)
     if json:
-        facts = [{name: value for name, value in asdict(k).items() if name not in ("ptx", "sass")} for k in kernels]
-        shown = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
-        print(dumps({"problem": shown, "kernels": facts, "flash_attention_2": None if peer is None else asdict(peer)}))
+        theirs = None if peer is None else asdict(peer)
+        print(dumps({"problem": _plain(options), "kernels": _figures(kernels), "flash_attention_2": theirs}))
         return
     console = Console(width=_WIDTH)
     console.print(escape(_title(options)), style="bold")
+    _print_kernels(console, kernels, peer, ptx, sass)
+
+
+def run_step(*, json: bool, ptx: Path | None, sass: Path | None, **options: Any) -> None:
+    """Inspect a step of decode over a cache, likewise.
+
+    Args:
+        json: As in `run`.
+        ptx: Likewise.
+        sass: Likewise.
+        **options: Of `numbaflash.cache.inspection.inspect_step`.
+
+    Raises:
+        ValueError: There is no such step.
+        RuntimeError: The compilers are missing.
+        OSError: A file cannot be written.
+    """
+    step = inspect_step(**options)
+    _write_listings(step.kernels, ptx, sass)
+    counted = {"held_bytes": step.held_bytes, "read_bytes": step.read_bytes, "written_bytes": step.written_bytes}
+    if json:
+        print(dumps({"step": _plain(options), "kernels": _figures(step.kernels), **counted}))
+        return
+    console = Console(width=_WIDTH)
+    console.print(_step_title(options), style="bold", highlight=False)
+    _print_kernels(console, step.kernels, None, ptx, sass)
+    held = step.held_bytes
+    console.print(
+        f"Bytes of the pages that are seen: {held:,}; read: {step.read_bytes:,} ({step.read_bytes / held:.2f})"
+    )
+    console.print(f"... written: {step.written_bytes:,} ({step.written_bytes / held:.2f})")
+
+
+def _write_listings(kernels: list[KernelFacts], ptx: Path | None, sass: Path | None) -> None:
+    for path, texts in ((ptx, [kernel.ptx for kernel in kernels]), (sass, [kernel.sass for kernel in kernels])):
+        if path is not None:
+            path.write_text("\n".join(texts))
+
+
+def _figures(kernels: list[KernelFacts]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in asdict(k).items() if name not in ("ptx", "sass")} for k in kernels]
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+
+
+def _print_kernels(
+    console: Console, kernels: list[KernelFacts], peer: Peer | None, ptx: Path | None, sass: Path | None
+) -> None:
     for kernel in kernels:
         console.print(_table(kernel, peer))
         if kernel.loop is not None:
@@ -107,6 +155,15 @@ def _title(options: dict[str, Any]) -> str:
     on += [f"bias {options['bias']}"] if options["bias"] != "none" else []
     major, minor = options["cc"]
     return ", ".join([options["algorithm"], options["dtype"], dims, *on, f"sm_{major}{minor}"])
+
+
+def _step_title(options: dict[str, Any]) -> str:
+    major, minor = options["cc"]
+    heads = f"{options['q_heads']}/{options['kv_heads']} heads of {options['head_dim']}"
+    tokens = f"{options['new_tokens']} behind {options['tokens']} tokens"
+    on = [name for name in ("softcap", "alibi", "sinks") if options[name]]
+    stored = options["kv_dtype"] or options["dtype"]
+    return ", ".join(["decode", f"{options['dtype']} in {stored}", heads, tokens, *on, f"sm_{major}{minor}"])
 
 
 def _peer_of(options: dict[str, Any]) -> Peer | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
@@ -54,10 +54,14 @@ class DevicePlace(Place):
     Args:
         device: Which.
         one_at_a_time: It may be used by one thread at a time.
+
+    Attributes:
+        new_queue: Makes the queue of a call.
     """
 
     def __init__(self, device: Device, *, one_at_a_time: bool = False) -> None:
         self.device = device
+        self.new_queue: Callable[..., Queue] = Queue
         # Only a GPU replays launches; on the emulator arrays of their own are checked better.
         self._scratch = Scratch(device) if isinstance(device, CudaDevice) else None
         self._alone: AbstractContextManager[Any] = threading.RLock() if one_at_a_time else nullcontext()
@@ -169,7 +173,7 @@ class DevicePlace(Place):
             scratch = nullcontext() if self._scratch is None else self._scratch.lent(stream)
             pools = [pool for layer in layers for pool in layer.pools]
             with all_used_by(stream, pools), self._alone, scratch as arena:
-                yield Queue(self.device, stream, arena)
+                yield self.new_queue(self.device, stream, arena)
 
     def _pool(self, page_nbytes: int, dtype: np.dtype[Any]) -> DevicePagePool:
         return DevicePagePool(self.device, page_nbytes, dtype, self._alone)

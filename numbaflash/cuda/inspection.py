@@ -7,8 +7,9 @@ needed and none is asked.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +24,18 @@ from .pipes import pipe_cycles
 from .sass import Instruction, fast_path, hot_loop, parse, tensor_instructions
 from .solve import ALGORITHMS, Launchable, Queue, check_solvable, solve
 
-__all__ = ["BIASES", "FLASH_ATTENTION_2", "HotLoop", "KernelFacts", "Peer", "inspect"]
+__all__ = [
+    "BIASES",
+    "FLASH_ATTENTION_2",
+    "HotLoop",
+    "KernelFacts",
+    "ObservedLaunch",
+    "ObservedQueue",
+    "Peer",
+    "check_target",
+    "facts_of",
+    "inspect",
+]
 
 BIASES = ("none", "float32", "same", "bool")
 """Kinds of bias: "same" has q's dtype."""
@@ -169,9 +181,7 @@ def inspect(
         ValueError: There is no such target or problem, or no kernel for it.
         RuntimeError: The compilers are missing.
     """
-    if cc not in TARGETS:
-        accepted = ", ".join(f"{major}.{minor}" for major, minor in TARGETS)
-        raise ValueError(f"cc must be one of {accepted}, got {'.'.join(map(str, cc))}")
+    check_target(cc)
     if bias not in BIASES:
         raise ValueError(f"bias must be {' or '.join(map(repr, BIASES))}, got {bias!r}")
     if algorithm not in ALGORITHMS:
@@ -192,27 +202,51 @@ def inspect(
     problem = describe(q, k, v, **options)
     check_solvable(problem, algorithm)
     device = EmulatedDevice(cc)
-    queue = _ObservedQueue(device, device.default_stream)
+    queue = ObservedQueue(device, device.default_stream)
     out = queue.empty((*q.shape[:3], problem.value_dim), problem.dtype)
     sums = queue.empty((1, 1, _TOKENS), FLOAT32) if lse else None
     solve(queue, problem, q, k, v, out, sums, algorithm)
-    return [_facts(cc, *launch) for launch in queue.launches]
+    return [facts_of(cc, launch) for launch in queue.launches]
+
+
+def check_target(cc: tuple[int, int]) -> None:
+    """Raise ValueError where nothing is known of such a GPU."""
+    if cc not in TARGETS:
+        accepted = ", ".join(f"{major}.{minor}" for major, minor in TARGETS)
+        raise ValueError(f"cc must be one of {accepted}, got {'.'.join(map(str, cc))}")
+
+
+class ObservedLaunch(NamedTuple):
+    """A kernel, and what its launch would have cost the hardware."""
+
+    kernel: Launchable
+    built: Build
+    report: Report
 
 
 @dataclass(frozen=True)
-class _ObservedQueue(Queue):
-    """A queue that keeps what it launched, and what each launch would have cost the hardware."""
+class ObservedQueue(Queue):
+    """A queue of an emulated device that keeps what it launched."""
 
-    launches: list[tuple[Launchable, Build, Report]] = field(default_factory=list)
+    launches: list[ObservedLaunch] = field(default_factory=list)
 
     def launch(self, kernel: Launchable, grid: Dimensions, arguments: list[np.generic]) -> None:
+        """Launch a kernel, and keep it."""
         super().launch(kernel, grid, arguments)
         assert isinstance(self.device, EmulatedDevice)
         assert self.device.last_report is not None
-        self.launches.append((kernel, build(kernel, self.device.compute_capability), self.device.last_report))
+        built = build(kernel, self.device.compute_capability)
+        self.launches.append(ObservedLaunch(kernel, built, self.device.last_report))
+
+    def launch_all(self, launches: Sequence[tuple[Launchable, Dimensions, list[np.generic]]]) -> None:
+        """Launch kernels one by one."""
+        for launch in launches:
+            self.launch(*launch)
 
 
-def _facts(cc: tuple[int, int], kernel: Launchable, built: Build, report: Report) -> KernelFacts:
+def facts_of(cc: tuple[int, int], launch: ObservedLaunch) -> KernelFacts:
+    """Return what a launched kernel takes."""
+    kernel, built, report = launch
     sass = disassemble(built.cubin)
     code = parse(sass)
     resident = occupancy(cc, built.usage.registers, kernel.threads, kernel.shared_bytes)

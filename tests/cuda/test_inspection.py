@@ -7,6 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from numbaflash.cache.inspection import inspect_step
 from numbaflash.cuda.inspection import FLASH_ATTENTION_2, inspect
 from numbaflash.cuda.occupancy import Occupancy, occupancy
 from numbaflash_service.cli import app
@@ -72,9 +73,33 @@ def test_listings_and_figures_can_be_written(tmp_path):
     assert "No such file" in missing.output
 
 
+def test_a_step_of_decode_says_what_its_kernels_take_and_what_it_reads():
+    step = inspect_step(q_heads=8, kv_heads=1, head_dim=64, tokens=256)
+    assert [kernel.name for kernel in step.kernels] == ["tensor_decode", "finish_step"]
+    assert [kernel.spill_bytes for kernel in step.kernels] == [0, 0]
+    assert step.held_bytes == 256 * 2 * 64 * 2
+    # All keys and values once; page tables, records, the queries and the step's own tokens beside them.
+    assert step.held_bytes < step.read_bytes < 1.4 * step.held_bytes
+    assert step.written_bytes < 0.1 * step.held_bytes
+
+
+def test_decode_is_inspected_from_the_command_line():
+    step = ["--decode", "--q-heads", "2", "--kv-heads", "2", "--head-dim", "64", "--tokens", "64"]
+    said = json.loads(run(*step, "--json").output)
+    assert [kernel["name"] for kernel in said["kernels"]] == ["vector_decode", "finish_step"]
+    assert said["read_bytes"] > said["held_bytes"] == 64 * 2 * 2 * 64 * 2
+    shown = run(*step)
+    assert shown.exit_code == 0
+    assert max(map(len, shown.output.splitlines())) <= 80
+    assert "decode, float16 in float16, 2/2 heads of 64, 1 behind 64 tokens, sm_80" in shown.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["--decode", "--causal", "--lse"], "--decode does not go with --causal, --lse"),
+        (["--decode", "--tokens", "100"], "tokens must be a multiple of 64, got 100"),
+        (["--decode", "--q-heads", "9"], "q must have a multiple of k's 8 heads, got 9"),
         (["--cc", "7.5"], "cc must be one of 8.0, 8.6, 8.9, 9.0, got 7.5"),
         (["--cc", "sm_80"], "cc must be such as 8.0, got 'sm_80'"),
         (["--algorithm", "v3"], "Invalid value for '--algorithm'"),
