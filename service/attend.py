@@ -82,6 +82,7 @@ class AttendStream:
                 if received is grpc.aio.EOF:
                     return
                 self._begin(received)
+                del received  # its memory takes the next one: fresh pages would cost more than the copy into them
                 if not self._ready.empty():
                     await asyncio.sleep(0)  # the answer goes out before the next read is prepared
         finally:
@@ -104,7 +105,9 @@ class AttendStream:
         try:
             parts = wire.decode_step(pb.StepRequest, received)
             entry.request = parts.head
-            entry.step = self._submit(parts, self.call, partial(self._settle, entry))
+            step = self._submit(parts, self.call, partial(self._settle, entry))
+            if entry.outcome is None:
+                entry.step = step
         except ServiceError as error:
             entry.outcome = error
         self._pending.setdefault(entry.request.session_id, deque()).append(entry)
@@ -113,6 +116,8 @@ class AttendStream:
 
     def _settle(self, entry: _InFlight, outcome: Outcome) -> None:
         entry.outcome = outcome
+        # The step knows the entry: both, and the payload, would stay until the garbage collector comes for the cycle.
+        entry.step = None
         self._pass_on(entry.request.session_id)
 
     def _pass_on(self, session_id: str) -> None:

@@ -165,6 +165,7 @@ class Engine:
                 for earlier in self._backlog.take_before(work[0], begun=False):
                     self._do(earlier)
             self._do(work)
+            del work  # payloads go with their answers: the next ones take their memory
 
     def _do(self, work: Work) -> None:
         self._charged_until = time.perf_counter()

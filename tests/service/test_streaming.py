@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -63,6 +65,22 @@ def test_a_stream_answers_as_single_calls_do(stock: Any, qkv: Any, step_request:
         assert answer.payload == expected.payload
         assert (answer.position, answer.first) == (expected.position, expected.first)
         position += tokens
+
+
+def test_the_payload_of_a_step_is_given_up_with_its_answer(
+    server: Any, stock: Any, qkv: Any, step_request: Any, open_stream: Any
+) -> None:
+    session_id, stream = stock.new_session(), open_stream()
+    gc.disable()  # which would hide a cycle of references
+    try:
+        payloads = []
+        for position in range(3):
+            stream.send(step_request(session_id, qkv(1), position=position))
+            stream.receive()
+            payloads.append(weakref.ref(server.submitted.pop().payload))
+        server.wait_until(lambda: not any(payload() is not None for payload in payloads))
+    finally:
+        gc.enable()
 
 
 def test_many_in_flight_are_answered_in_order_per_session(
