@@ -58,11 +58,11 @@ class HostPlace(Place):
 
     def append(self, layer: Layer, k: AnyArray, v: AnyArray, given: Mapping[str, Any]) -> None:  # noqa: ARG002
         """Append tokens."""
-        append(cast(HostLayer, layer), cast(NDArray[Any], k), cast(NDArray[Any], v))
+        append(cast("HostLayer", layer), cast("NDArray[Any]", k), cast("NDArray[Any]", v))
 
     def attend(self, layer: Layer, q: AnyArray, scoring: Scoring, given: Mapping[str, Any]) -> Any:
         """Attend with the queries of a layer's last tokens."""
-        held, queries = cast(HostLayer, layer), cast(NDArray[Any], q)
+        held, queries = cast("HostLayer", layer), cast("NDArray[Any]", q)
         none = np.empty((0, held.ring.kv_heads, held.ring.head_dim), held.ring.dtype)
         start = held.length - len(queries)
         return like(given["q"], attend([held], [start], queries[None], [held.prepare(none, none)], scoring)[0])
@@ -71,8 +71,8 @@ class HostPlace(Place):
         self, layers: Sequence[Layer], q: AnyArray, k: AnyArray, v: AnyArray, scoring: Scoring, given: Mapping[str, Any]
     ) -> Any:
         """Attend, then append."""
-        held = cast(Sequence[HostLayer], layers)
-        queries, keys, values = (cast(NDArray[Any], array) for array in (q, k, v))
+        held = cast("Sequence[HostLayer]", layers)
+        queries, keys, values = (cast("NDArray[Any]", array) for array in (q, k, v))
         if queries.ndim == 3:
             return like(given["q"], step(held, queries[None], keys[None], values[None], scoring)[0])
         return like(given["q"], step(held, queries, keys, values, scoring))
