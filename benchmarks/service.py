@@ -29,10 +29,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from numbaflash_service import Client
+from numbaflash_service import Client, wire
 
 _ROUNDS = 8
 _ECHO = "/numbaflash.benchmark.Echo/"
+# The service's own: what it gains by them, the echo gains as well.
+_OPTIONS = [
+    ("grpc.max_receive_message_length", 16 << 20),
+    ("grpc.max_send_message_length", 16 << 20),
+    ("grpc.http2.max_frame_size", wire.FRAME_BYTES),
+]
 _SERVE = "from numbaflash_service.cli import main; main()"
 
 
@@ -113,7 +119,7 @@ async def serve_echo() -> None:
         async for message in requests:
             yield message[: int.from_bytes(message[:4], "little")]
 
-    server = grpc.aio.server(options=[("grpc.max_receive_message_length", 16 << 20)])
+    server = grpc.aio.server(options=_OPTIONS)
     methods = {
         "Unary": grpc.unary_unary_rpc_method_handler(unary),
         "Stream": grpc.stream_stream_rpc_method_handler(stream),
@@ -141,8 +147,7 @@ def process(*arguments: str) -> Iterator[str]:
 
 def measure(target: str, echo: str) -> list[Row]:
     """Measure all rows, in turns."""
-    options = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_send_message_length", 16 << 20)]
-    with Client(target) as client, grpc.insecure_channel(echo, options=options) as channel:
+    with Client(target) as client, grpc.insecure_channel(echo, options=_OPTIONS) as channel:
         rows = []
         for name, tokens, q_heads, kv_heads, calls in (("decode", 1, 32, 16, 250), ("prefill chunk", 341, 8, 8, 15)):
             for stream in (True, False):

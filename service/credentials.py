@@ -9,6 +9,7 @@ from typing import Any, Final
 import grpc
 
 from .addresses import is_local
+from .wire import FRAME_BYTES
 
 _MAX_ANSWER_BYTES: Final = 64 << 20
 
@@ -47,6 +48,7 @@ def open_channel(target: str, tls: TLS | None) -> grpc.Channel:
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", _MAX_ANSWER_BYTES),
         ("grpc.max_send_message_length", -1),
+        ("grpc.http2.max_frame_size", FRAME_BYTES),
         ("grpc.enable_retries", 0),  # RetryPolicy does that, and knows what may be sent again
         # A server that was just started, or started again, is found soon.
         ("grpc.initial_reconnect_backoff_ms", 50),

@@ -14,7 +14,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from . import logs
+from . import logs, wire
 from .addresses import is_local
 from .auth import Authenticator, TokenFile
 from .config import ServeConfig
@@ -67,6 +67,7 @@ class Server:
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
+                ("grpc.http2.max_frame_size", wire.FRAME_BYTES),
                 # Calls beyond max_calls are refused with the time to come again; who does not heed that is held back.
                 ("grpc.max_concurrent_streams", 2 * config.max_calls),
                 # Who vanished without a word is noticed, and his streams end.

@@ -98,3 +98,22 @@ def test_arrays_that_are_not_contiguous_are_sent_as_they_read(client: Client, qk
     plain = client.create_session(1, 2, 16, capacity=64, dtype="float32")
     expected = plain.step(0, **{name: array[::2].copy() for name, array in arrays.items()})
     np.testing.assert_array_equal(session.step(0, **strided), expected)
+
+
+def test_a_step_gives_the_same_bits_wherever_its_payload_lies(stock: Any, qkv: Any, step_request: Any) -> None:
+    cache = numbaflash.RingKVCache(1, 2, 16, capacity=64, dtype="float32")
+    session_id = stock.new_session()
+    for position in range(8):
+        arrays = qkv(1, seed=position)
+        # An id that is a byte longer moves the payload by one.
+        request = step_request(session_id, arrays, position=position, request_id="r" * (position + 1))
+        assert stock.Decode(request).payload == cache.step(0, **arrays).tobytes()
+
+
+def test_the_client_lays_payloads_where_their_elements_are_aligned(server: Any, client: Client, qkv: Any) -> None:
+    session = client.create_session(300, 2, 16, capacity=64, dtype="float32")
+    for layer in (0, 1, 299):  # of 0, 1 and 2 bytes in the message
+        for _ in range(2):
+            session.step(layer, **qkv(1))
+            payload = np.frombuffer(server.submitted.pop().payload, np.uint8)
+            assert payload.view(np.float32).flags.aligned
