@@ -131,8 +131,13 @@ def _mask(task, panel, position, count, scores, exists, row_memory):
         here = query_position(task, panel.sequence, panel.row + min(r, panel.rows - 1)) - position
         store_float(lowest + 4 * r, np.float32(min(max(here - left, -1), count)))
         store_float(highest + 4 * r, np.float32(min(max(here + right, -1), count)))
+    # What the last row's window reaches back to and the first row's reaches up to, every row sees.
+    seen_from = query_position(task, panel.sequence, panel.row + panel.rows - 1) - position - left
+    seen_to = query_position(task, panel.sequence, panel.row) - position + right
     forbidden = splat(NEG_INF)
     for n in range(count):
+        if exists == 0 and seen_from <= n <= seen_to:
+            continue
         key = splat(np.float32(n))
         key_exists = exists == 0 or load_float(exists + 4 * n) != 0
         for lane in range(0, lanes_row, VECTOR_BYTES):
