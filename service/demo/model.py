@@ -128,12 +128,14 @@ class Llama:
         rotation = rope_rotation(np.arange(position, position + len(ids)), dim, self.config.rope_base)
         x = self.embedding.rows(ids)
         for layer, block in enumerate(self.blocks):
-            qkv = block.qkv.product(self._norm(x, block.attention_norm))
-            q, k, v = np.split(qkv.reshape(len(ids), -1, dim), [heads, heads + kv_heads], axis=1)
+            # Slices, for np.split takes 7 and 15 us where they take 1: 0.6 ms of a token.
+            qkv = block.qkv.product(self._norm(x, block.attention_norm)).reshape(len(ids), -1, dim)
+            q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
             attended = attention.step(layer, rotate(q, rotation), rotate(k, rotation), v)
             x = x + block.attention_out.product(attended.reshape(len(ids), -1))
-            gate, up = np.split(block.gate_up.product(self._norm(x, block.mlp_norm)), 2, axis=1)
-            x = x + block.down.product(silu(gate) * up)
+            gate_up = block.gate_up.product(self._norm(x, block.mlp_norm))
+            width = gate_up.shape[1] // 2
+            x = x + block.down.product(silu(gate_up[:, :width]) * gate_up[:, width:])
         return x
 
     def logits(self, hidden: Array) -> Array:
@@ -143,7 +145,7 @@ class Llama:
 
     def _norm(self, x: Array, weight: Array) -> Array:
         """RMSNorm over the last axis."""
-        mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
+        mean_square = np.vecdot(x, x)[:, None] / np.float32(x.shape[-1])  # np.mean takes 13 us, this 4
         normed: Array = x * (weight / np.sqrt(mean_square + np.float32(self.config.norm_epsilon)))
         return normed
 
