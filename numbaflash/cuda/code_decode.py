@@ -33,7 +33,7 @@ from .codes import (
     load_token_factors,
     place_of_piece,
 )
-from .decode_score import score_of
+from .decode_score import score_row
 from .decode_variant import DECODE_PARAMETERS, DecodeVariant
 from .lane_groups import merge_lane_groups, sum_lanes
 from .paged_keys import ITEM, RECORD, Rows, key_address, list_keys
@@ -93,7 +93,7 @@ class CodeDecode:
     def kernel(self) -> Callable[..., None]:
         """Return the kernel, for Numba to compile with `signature`."""
         variant, pages, share, R = self.variant, _pages(self.variant), _share(self.variant), self.rows
-        MASKED, SINKS, score_one = variant.masked, variant.sinks, score_of(variant)
+        MASKED, SINKS, score_key = variant.masked, variant.sinks, score_row(variant)
         D, E, LANES, HOLDERS, EVEN = (
             variant.head_dim, share.elements, share.lanes, share.holders, share.lanes == share.holders
         )  # fmt: skip
@@ -113,11 +113,11 @@ class CodeDecode:
         NOTHING, HIDDEN = float32(NOTHING_SEEN), float32(float("-inf"))
         load, load_query = load_elements(share.floats, variant.dtype), load_elements(IN_ORDER, variant.step_dtype)
         load_row_codes, expand, first_of, place_of = (
-            load_codes(share, N), expand_codes(share), first_element(share), place_of_piece(share)
+            load_codes(share, range(N)), expand_codes(share), first_element(share), place_of_piece(share)
         )  # fmt: skip
-        load_channels = load_channel_factors(pages, share)
-        load_key_factors = load_token_factors(pages, N, D // KEY_GROUP)
-        load_value_factors = load_token_factors(pages, N, D // VALUE_GROUP)
+        load_channels = load_channel_factors(pages, D, share.floats)
+        load_key_factors = load_token_factors(pages, range(N), N, D // KEY_GROUP)
+        load_value_factors = load_token_factors(pages, range(N), N, D // VALUE_GROUP)
         list_block, address_of = list_keys(), key_address(D * FLOAT_BYTES)
         sum_group, merge_groups = sum_lanes(LANES), merge_lane_groups(LANES, R, E)
         write_rows = result.write(self.threads, variant.step_dtype, sinks=SINKS)
@@ -247,11 +247,10 @@ class CodeDecode:
                             else:
                                 dot = K_a[n] * dot + K_b[n] * aside[r]
                             dot = sum_group(dot)
-                            row = min(first_row + r, last_row)
-                            token = row // group
-                            head = kv_head * group + row - token * group
-                            slope = slopes + 4 * (entry * q_heads + head)
-                            score = score_one(dot, factor, cap, slope, token - behind - n)
+                            token, score = score_key(
+                                dot, min(first_row + r, last_row), behind + n, kv_head, group, slopes, entry, q_heads,
+                                factor, cap,
+                            )  # fmt: skip
                             S[r * N + n] = score if there and behind + n > token - keys.window else HIDDEN
                     weigh_tokens(S, m, l, shift, O)
                     for n in range(N):
@@ -290,10 +289,9 @@ class CodeDecode:
                     for i in range(E):
                         dot += Q[r * E + i] * X[i]
                     dot = sum_group(dot)
-                    row = min(first_row + r, last_row)
-                    token = row // group
-                    head = kv_head * group + row - token * group
-                    score = score_one(dot, factor, cap, slopes + 4 * (entry * q_heads + head), token - behind)
+                    token, score = score_key(
+                        dot, min(first_row + r, last_row), behind, kv_head, group, slopes, entry, q_heads, factor, cap
+                    )  # fmt: skip
                     seen = there
                     if MASKED:
                         seen = (

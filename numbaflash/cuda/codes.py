@@ -11,8 +11,9 @@ exact, and |b| is of the size of the elements' range.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 from llvmlite import ir
 from numba import cuda
@@ -37,27 +38,6 @@ __all__ = [
 _LANE_BYTES = 8
 _ONE = 0x3F800000
 _MANTISSA_BITS = 23
-
-
-class _Pages(Protocol):
-    """`numbaflash.cache.page_format.PageFormat`."""
-
-    @property
-    def bits(self) -> int: ...
-    @property
-    def key_group(self) -> int: ...
-    @property
-    def value_group(self) -> int: ...
-    @property
-    def symmetric(self) -> bool: ...
-    @property
-    def page_size(self) -> int: ...
-    @property
-    def codes_nbytes(self) -> int: ...
-    @property
-    def key_nbytes(self) -> int: ...
-    @property
-    def value_nbytes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -85,18 +65,9 @@ class CodeFormat:
     value_nbytes: int
 
     @classmethod
-    def of(cls, pages: _Pages) -> CodeFormat:
-        """Return what kernels know of such pages."""
-        return cls(
-            pages.bits,
-            pages.key_group,
-            pages.value_group,
-            pages.symmetric,
-            pages.page_size,
-            pages.codes_nbytes,
-            pages.key_nbytes,
-            pages.value_nbytes,
-        )
+    def of(cls, pages: object) -> CodeFormat:
+        """Return what kernels know of pages, given a `numbaflash.cache.page_format.PageFormat`."""
+        return cls(**{field.name: getattr(pages, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -164,17 +135,17 @@ def place_of_piece(share: CodeShare) -> Any:
     return place
 
 
-def load_codes(share: CodeShare, tokens: int) -> Any:
-    """Return a device function (address of the lane's codes, array) that loads those of successive tokens.
+def load_codes(share: CodeShare, rows: Sequence[int]) -> Any:
+    """Return a device function (address of the lane's codes, array) that loads those of some rows from there on.
 
-    A token's are two words; the address is aligned to 8 bytes.
+    A row's are two words; the address is aligned to 8 bytes.
     """
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> None:
         target = Registers(context, builder, signature.args[1], values[1])
-        for token in range(tokens):
-            words = ptx.load_global_2b32.emit(builder, values[0], token * share.row_bytes)
-            target[2 * token], target[2 * token + 1] = words
+        for i, row in enumerate(rows):
+            words = ptx.load_global_2b32.emit(builder, values[0], row * share.row_bytes)
+            target[2 * i], target[2 * i + 1] = words
         target.store()
 
     return device_intrinsic(emit, [B64.numba, None], types.void)
@@ -198,24 +169,26 @@ def expand_codes(share: CodeShare) -> Any:
     return device_intrinsic(emit, [B32.numba, B32.numba, None], types.void)
 
 
-def load_token_factors(pages: CodeFormat, tokens: int, groups: int) -> Any:
-    """Return a device function (address, a, b) that loads a and b of one group, of 1, 2, 4 or 8 successive tokens.
+def load_token_factors(pages: CodeFormat, rows: Sequence[int], successive: int, groups: int) -> Any:
+    """Return a device function (address of the first row's scale, a, b) that loads a and b of a group of some rows.
 
     Args:
         pages: What holds them.
-        tokens: How many; the address, of the first one's scale, is aligned to that many of them.
-        groups: Of a token.
+        rows: From the first one on.
+        successive: 1, 2, 4 or 8: so many rows at a time follow each other, and begin at a multiple of that.
+        groups: Of a row.
     """
-    return _load_factors(pages, [(0, tokens)], 2 * groups * pages.page_size)
+    pieces = [(2 * row, successive) for row in rows[::successive]]
+    return _load_factors(pages, pieces, 2 * groups * pages.page_size)
 
 
-def load_channel_factors(pages: CodeFormat, share: CodeShare) -> Any:
-    """Return a device function (address of the first element's scale, a, b) that loads those of a lane's channels."""
-    pieces = [(2 * 2 * PIECE * piece, PIECE) for piece in range(share.elements // PIECE)]
-    return _load_factors(pages, pieces, 2 * share.head_dim)
+def load_channel_factors(pages: CodeFormat, head_dim: int, share: RowShare) -> Any:
+    """Return a device function (address of the first one's scale, a, b) that loads those of a lane's channels."""
+    pieces = [(2 * share.chunk * share.lanes * i, share.chunk) for i in range(share.chunks_each)]
+    return _load_factors(pages, pieces, 2 * head_dim)
 
 
-def _load_factors(pages: CodeFormat, pieces: list[tuple[int, int]], offsets_behind: int) -> Any:
+def _load_factors(pages: CodeFormat, pieces: Sequence[tuple[int, int]], offsets_behind: int) -> Any:
     """The function that loads float16 numbers, so many at each of some offsets, and offsets so many bytes behind."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> None:

@@ -1,4 +1,4 @@
-"""From q.k to the score of a pair in decode, one number at a time: scale, softcap and ALiBi, in log2 units."""
+"""From q.k to the score of a pair on CUDA cores, one number at a time: scale, softcap and ALiBi, in log2 units."""
 
 from __future__ import annotations
 
@@ -10,25 +10,29 @@ from . import ptx
 from .decode_variant import DecodeVariant
 from .softmax import LOG2_E
 
-__all__ = ["score_of"]
+__all__ = ["score_row"]
 
 
-def score_of(variant: DecodeVariant) -> Any:
-    """Return a device function (q.k, factor, cap, address of the head's slope, distance) -> score.
+def score_row(variant: DecodeVariant) -> Any:
+    """Return a device function that gives a query row's token, and its score of a key.
 
-    Factor and cap are as in `scoring.score_pairs`, the distance is in tokens. Without ALiBi the last two are not used.
+    Its arguments: q.k, the row, how far the key is behind the first query, KV head, group, the slopes' address, the
+    sequence's number there, and `q_heads`, factor and cap as the kernels are launched with them.
     """
     SOFTCAP, ALIBI, LOG2 = variant.softcap, variant.alibi, float32(LOG2_E)
 
     @cuda.jit(device=True, inline="always")  # a call would make Numba ask for a GPU
-    def score_one(dot, factor, cap, slope, distance):
+    def score(dot, row, behind, kv_head, group, slopes, sequence, q_heads, factor, cap):
+        token = row // group
         if SOFTCAP:
             power = ptx.exp2(dot * factor)
-            score = cap - float32(2) * cap * ptx.reciprocal(power + float32(1))
+            result = cap - float32(2) * cap * ptx.reciprocal(power + float32(1))
         else:
-            score = dot * factor
+            result = dot * factor
         if ALIBI:
-            score -= ptx.load_global_f32(slope) * LOG2 * float32(distance)
-        return score
+            head = kv_head * group + row - token * group
+            slope = ptx.load_global_f32(slopes + 4 * (sequence * q_heads + head)) * LOG2
+            result -= slope * float32(token - behind)
+        return token, result
 
-    return score_one
+    return score

@@ -29,7 +29,7 @@ from .parameters import numpy_arguments, score_factors
 from .row_elements import PIECE
 from .solve import Launchable, Queue
 from .splits import KEY_TILE, rounded_up, split_keys
-from .tensor_decode import TensorDecode
+from .tensor_decode import TILE_KEYS, TensorDecode
 from .vector_decode import VectorDecode
 
 __all__ = ["MAX_POSITION", "Layout", "PagedCodes", "PagedLayer", "PagedSequence", "padded", "step"]
@@ -402,9 +402,10 @@ def _kernel(variant: DecodeVariant, rows: int) -> VectorDecode | TensorDecode | 
     Tensor cores take 16 rows at the price of one, and 16-bit numbers of one dtype. One row is memory's to bound on CUDA
     cores as well, which compute no empty rows beside it.
     """
-    if variant.codes is not None:
+    on_tensor_cores = rows > 1 and variant.dtype == variant.step_dtype != "float32"
+    if variant.codes is not None and (not on_tensor_cores or variant.codes.page_size < TILE_KEYS):
         return CodeDecode.of(variant, rows)
-    if rows > 1 and variant.dtype == variant.step_dtype != "float32":
+    if on_tensor_cores:
         return TensorDecode.of(variant, rows)
     return VectorDecode.of(variant, rows)
 

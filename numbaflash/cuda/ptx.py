@@ -71,6 +71,7 @@ __all__ = [
     "store_global_b32",
     "store_global_f32",
     "store_global_f32_if",
+    "store_shared_4b32",
     "store_shared_b32",
     "thread_x",
     "unpack_bf16",
@@ -272,6 +273,11 @@ def load_shared_b32(address: B32, offset: Immediate) -> B32:
 @_instruction("st.shared.b32 [$0+<offset>], $1;", touches="memory")
 def store_shared_b32(address: B32, value: B32, offset: Immediate) -> None:
     """Store 4 bytes, 4-byte aligned."""
+
+
+@_instruction("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", touches="memory")
+def store_shared_4b32(address: B32, a: B32, b: B32, c: B32, d: B32) -> None:
+    """Store 16 bytes, 16-byte aligned."""
 
 
 @_instruction(

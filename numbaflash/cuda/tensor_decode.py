@@ -8,6 +8,9 @@ FlashAttention-2:
     S = Q K^T;  m, P, l = online softmax(S);  O = rescaled O + P V
 
 and warps that share rows merge what they have at the end.
+
+Where pages hold codes, the tiles of these come first. Codes are loaded while the tensor cores work on the tile before,
+and go to shared memory as float16, once for all rows of the block (`code_tiles`).
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from numba.cuda import types
 
 from . import fragments, products, ptx, softmax
 from .block_result import BlockPlace, BlockResult
+from .code_tiles import CodeTiles
 from .decode_variant import DECODE_PARAMETERS, DecodeVariant
 from .paged_keys import ITEM, RECORD, Rows, key_address, list_keys
 from .products import WarpTile
@@ -29,10 +33,12 @@ from .softmax import LOG2_E, NOTHING_SEEN
 from .tile import CHUNK, RowCopy, SharedTile, at_chunk
 from .tile import Rows as CopiedRows
 
-__all__ = ["TensorDecode"]
+__all__ = ["TILE_KEYS", "TensorDecode"]
 
 _WARPS = 4
-_KEYS = 64
+TILE_KEYS = 64
+"""Keys that a block has at a time."""
+_WIDEST_AHEAD = 128  # head_dim up to which there are registers for codes beside O while scores are computed
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ class TensorDecode:
     Nothing that it reads is written by the launch. An item whose result is the whole one has a key for every row.
 
     Attributes:
-        variant: What it is specialised for; pages and steps have one dtype, float16 or bfloat16.
+        variant: What it is specialised for; pages and steps have one dtype, float16 or bfloat16. Pages of codes have
+            `TILE_KEYS` tokens or more.
         row_warps: Warps side by side along the rows: 1, 2 or 4; the others share their rows.
     """
 
@@ -56,6 +63,8 @@ class TensorDecode:
     @classmethod
     def of(cls, variant: DecodeVariant, rows: int) -> TensorDecode:
         """Return the kernel for so many query rows of a KV head."""
+        if variant.codes is not None and variant.head_dim > _WIDEST_AHEAD:
+            return cls(variant, 1)  # registers: scores of 16 keys and not of 64
         return cls(variant, 1 if rows <= 16 else 2 if rows <= 32 else 4)
 
     @property
@@ -72,13 +81,20 @@ class TensorDecode:
     def tiles(self) -> tuple[SharedTile, SharedTile, SharedTile]:
         """Tiles of Q, K and V in shared memory."""
         q = SharedTile(0, self.rows, self.variant.head_dim, 2)
-        k = SharedTile(q.end, _KEYS, self.variant.head_dim, 2)
-        return q, k, SharedTile(k.end, _KEYS, self.variant.head_dim, 2)
+        k = SharedTile(q.end, TILE_KEYS, self.variant.head_dim, 2)
+        return q, k, SharedTile(k.end, TILE_KEYS, self.variant.head_dim, 2)
+
+    @property
+    def code_tiles(self) -> CodeTiles | None:
+        """How tiles are made of codes, where there are any."""
+        codes = self.variant.codes
+        return None if codes is None else CodeTiles(codes, self.variant.head_dim, self.threads, TILE_KEYS)
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block: tiles, and then the results in their place."""
-        return max(self.tiles[2].end, self.result.nbytes)
+        """Dynamic shared memory of a block: tiles, and what they are made by; then the results in their place."""
+        factors = 0 if self.code_tiles is None else self.code_tiles.factors_nbytes
+        return max(self.tiles[2].end + factors, self.result.nbytes)
 
     @property
     def signature(self) -> Any:
@@ -88,10 +104,11 @@ class TensorDecode:
     def kernel(self) -> Callable[..., None]:
         """Return the kernel, for Numba to compile with `signature`."""
         variant = self.variant
-        MASKED, SOFTCAP, ALIBI, SINKS = variant.masked, variant.softcap, variant.alibi, variant.sinks
+        SOFTCAP, ALIBI, SINKS, CODED = variant.softcap, variant.alibi, variant.sinks, variant.codes is not None
+        MASKED = variant.masked or CODED  # a window may begin inside a page of codes
         SCORED = variant.softcap or variant.alibi or variant.scaled
         D, ROWS, KEY_WARPS = variant.head_dim, self.rows, _WARPS // self.row_warps
-        TILE, KEYS = _KEYS, _KEYS // KEY_WARPS
+        TILE, KEYS = TILE_KEYS, TILE_KEYS // KEY_WARPS
         warp = WarpTile(
             row_tiles=1,
             keys=KEYS,
@@ -113,6 +130,13 @@ class TensorDecode:
         lane_maxima, outgrown, raise_maxima = (
             make(warp) for make in (softmax.lane_maxima, softmax.outgrown, softmax.raise_maxima)
         )
+        AHEAD = D <= _WIDEST_AHEAD
+        PAGE, WORDS, KEY_FACTORS, VALUE_FACTORS = 1, 1, 1, 1
+        if self.code_tiles is not None:
+            key_moves, value_moves = self.code_tiles.keys(K_tile, V_tile.end), self.code_tiles.values(V_tile)
+            load_K, store_K, load_V, store_V = key_moves.load, key_moves.store, value_moves.load, value_moves.store
+            PAGE, WORDS = self.code_tiles.pages.page_size, max(key_moves.words, value_moves.words)
+            KEY_FACTORS, VALUE_FACTORS = key_moves.factors, value_moves.factors
         total_rows = fragments.total_rows(2)
         list_block, address_of = list_keys(), key_address(D * 2)
         result = self.result
@@ -159,14 +183,22 @@ class TensorDecode:
             thread = ptx.thread_x()
             lane, row_warp, key_warp = thread & 31, (thread >> 5) // KEY_WARPS, (thread >> 5) % KEY_WARPS
             item, kv_head = items + ITEM_BYTES * int64(ptx.block_x()), ptx.block_y()
-            first_row, all_rows = ptx.block_z() * ROWS, tokens * group
+            record = records + RECORD_BYTES * int64(ptx.load_global_b32(item))
+            first_row, all_rows = ptx.block_z() * ROWS, ptx.load_global_b32(record + 64) * group
+            if first_row >= all_rows:
+                return  # another record has more queries
             last_row = min(first_row + ROWS, all_rows) - 1
-            sequence = int64(ptx.load_global_b32(item))
-            block_rows = Rows(int32(first_row // group), int32(last_row // group))
-            keys = list_block(records + RECORD_BYTES * sequence, block_rows)
-            first, end = ptx.load_global_b32(item + 4), min(ptx.load_global_b32(item + 8), keys.count)
+            entry, first_query = int64(ptx.load_global_b32(record + 56)), ptx.load_global_b32(record + 60)
+            keys = list_block(record, Rows(int32(first_row // group), int32(last_row // group)))
+            coded, code_begin = int32(0), int32(0)  # keys that are codes, and the position of the first of them
+            if CODED:
+                first_page = ptx.load_global_b32(record + 80)
+                coded = int32((ptx.load_global_b32(record + 84) - first_page) * PAGE)
+                code_begin = int32(keys.sink_tokens + first_page * PAGE)
+            first, end = ptx.load_global_b32(item + 4), min(ptx.load_global_b32(item + 8), int32(coded + keys.count))
             shared = ptx.shared_memory(cuda.shared.array(0, types.int32, 128))
-            k_tail, v_tail = k + sequence * k_batch + kv_head * k_head, v + sequence * v_batch + kv_head * v_head
+            q_own, out_own = q + entry * q_batch + first_query * q_token, out + first_query * out_token
+            k_tail, v_tail = k + entry * k_batch + kv_head * k_head, v + entry * v_batch + kv_head * v_head
             values_behind = (int64(kv_heads) << keys.page_shift) * ROW_BYTES
 
             copied_row, lane_chunk = thread // LANES, thread % LANES
@@ -175,11 +207,17 @@ class TensorDecode:
                 if r < ROWS:
                     row = min(first_row + r, last_row)
                     token = row // group
-                    source = q + sequence * q_batch + token * q_token + (kv_head * group + row - token * group) * q_head
+                    source = q_own + token * q_token + (kv_head * group + row - token * group) * q_head
                     copy_chunks(Q_chunk(shared, int32(r), lane_chunk), source, first_row + r <= last_row, lane_chunk)
             ptx.cp_async_commit()  # of its own, for a block whose rows see no key of the item has no other
-            if first < end:
-                copy_K(shared, keys, first, end, kv_head, int64(0), k_tail, k_token)
+            words = cuda.local.array(WORDS, int32)
+            K_a, K_b = cuda.local.array(KEY_FACTORS, float32), cuda.local.array(KEY_FACTORS, float32)
+            V_a, V_b = cuda.local.array(VALUE_FACTORS, float32), cuda.local.array(VALUE_FACTORS, float32)
+            if CODED and first < min(coded, end):
+                if AHEAD:
+                    load_K(record, first, kv_head, kv_heads, words, K_a, K_b)
+            elif first < end:
+                copy_K(shared, keys, int32(first - coded), int32(end - coded), kv_head, int64(0), k_tail, k_token)
 
             S, O = cuda.local.array(SCORES, float32), cuda.local.array(OUTPUTS, float32)
             m, l, top = cuda.local.array(2, float32), cuda.local.array(2, float32), cuda.local.array(2, float32)
@@ -192,20 +230,29 @@ class TensorDecode:
                 row_tokens[half] = row // group
                 if ALIBI:
                     head = kv_head * group + row - row // group * group
-                    row_slopes[half] = ptx.load_global_f32(slopes + 4 * (sequence * q_heads + head)) * LOG2
+                    row_slopes[half] = ptx.load_global_f32(slopes + 4 * (entry * q_heads + head)) * LOG2
             Q_at = Q_chunk(shared, 16 * row_warp + (lane & 15), lane >> 4)
             K_at = K_chunk(shared, KEYS * key_warp + (lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1)
             V_at = V_chunk(shared, KEYS * key_warp + (lane & 15), lane >> 4)
             scale = float32(1) if SCORED else factor
 
             while first < end:
+                listed, sinks_listed, begin = int32(first - coded), keys.sinks, keys.first
+                if CODED and first < coded:
+                    listed, sinks_listed, begin = first, int32(0), code_begin
+                    if not AHEAD:
+                        load_K(record, first, kv_head, kv_heads, words, K_a, K_b)
+                    store_K(shared, words, K_a, K_b)
+                    if AHEAD:
+                        load_V(record, first, kv_head, kv_heads, words, V_a, V_b)
                 ptx.cp_async_wait()
                 cuda.syncthreads()  # K is there, and nobody reads V
-                copy_V(shared, keys, first, end, kv_head, values_behind, v_tail, v_token)
+                if not CODED or first >= coded:
+                    copy_V(shared, keys, listed, int32(end - coded), kv_head, values_behind, v_tail, v_token)
                 score_keys(Q_at, K_at, S, top)
                 for column in range(COLUMNS):
-                    number = int32(first + KEYS * key_warp + 2 * (lane & 3) + 8 * (column // 2) + column % 2)
-                    position = number if number < keys.sinks else number - keys.sinks + keys.first
+                    number = int32(listed + KEYS * key_warp + 2 * (lane & 3) + 8 * (column // 2) + column % 2)
+                    position = number if number < sinks_listed else number - sinks_listed + begin
                     behind = int32(position - keys.start)
                     for half in range(2):
                         at = column // 2 * 4 + half * 2 + column % 2
@@ -218,7 +265,7 @@ class TensorDecode:
                             score = score * factor
                         if ALIBI:
                             score -= row_slopes[half] * float32(token - behind)
-                        seen = number < end
+                        seen = number - listed < end - first
                         if MASKED:
                             seen = (
                                 seen
@@ -229,11 +276,18 @@ class TensorDecode:
                 lane_maxima(S, top)
                 if ptx.vote_any(outgrown(top, scale, m)):
                     raise_maxima(top, scale, m, l, O)
+                if CODED and first < coded:
+                    if not AHEAD:
+                        load_V(record, first, kv_head, kv_heads, words, V_a, V_b)
+                    store_V(shared, words, V_a, V_b)
                 ptx.cp_async_wait()
                 cuda.syncthreads()  # V is there, and nobody reads K
                 first = int32(first + TILE)
-                if first < end:
-                    copy_K(shared, keys, first, end, kv_head, int64(0), k_tail, k_token)
+                if CODED and first < min(coded, end):
+                    if AHEAD:
+                        load_K(record, first, kv_head, kv_heads, words, K_a, K_b)
+                elif first < end:
+                    copy_K(shared, keys, int32(first - coded), int32(end - coded), kv_head, int64(0), k_tail, k_token)
                 add_weighted_values(V_at, S, scale, m, l, O)
 
             ptx.cp_async_wait()
@@ -250,8 +304,8 @@ class TensorDecode:
                     results[SUMS + 2 * r], results[SUMS + 2 * r + 1] = m[half], l[half]
             cuda.syncthreads()
             place = BlockPlace(
-                sequence, int64(ptx.load_global_b32(item + 12)), kv_head, group, first_row, last_row, tokens, q_heads
+                entry, int64(ptx.load_global_b32(item + 12)), kv_head, group, first_row, last_row, tokens, q_heads
             )  # fmt: skip
-            write_rows(results, place, out, out_batch, out_token, out_head, partials, partial_sums, sinks)
+            write_rows(results, place, out_own, out_batch, out_token, out_head, partials, partial_sums, sinks)
 
         return tensor_decode

@@ -21,7 +21,7 @@ from numba.cuda import types
 
 from . import ptx
 from .block_result import BlockPlace, BlockResult
-from .decode_score import score_of
+from .decode_score import score_row
 from .decode_variant import DECODE_PARAMETERS, DecodeVariant
 from .lane_groups import merge_lane_groups, sum_lanes
 from .paged_keys import ITEM, RECORD, Rows, key_address, list_keys
@@ -85,7 +85,7 @@ class VectorDecode:
     def kernel(self) -> Callable[..., None]:
         """Return the kernel, for Numba to compile with `signature`."""
         variant, share, R = self.variant, self.share, self.rows
-        MASKED, SINKS, score_one = variant.masked, variant.sinks, score_of(variant)
+        MASKED, SINKS, score_key = variant.masked, variant.sinks, score_row(variant)
         D, CHUNK, LANES, E, EVEN, CHUNKS = (
             variant.head_dim, share.chunk, share.lanes, share.elements, share.even, share.chunks
         )  # fmt: skip
@@ -167,9 +167,9 @@ class VectorDecode:
                         dot += Q[r * E + i] * K[i]
                     dot = sum_group(dot)
                     row = min(first_row + r, last_row)
-                    token = row // group
-                    head = kv_head * group + row - token * group
-                    score = score_one(dot, factor, cap, slopes + 4 * (sequence * q_heads + head), token - behind)
+                    token, score = score_key(
+                        dot, row, behind, kv_head, group, slopes, sequence, q_heads, factor, cap
+                    )  # fmt: skip
                     seen = there
                     if MASKED:
                         seen = (

@@ -14,6 +14,7 @@ from numbaflash.cuda.build import build
 from numbaflash.cuda.code_decode import CodeDecode
 from numbaflash.cuda.codes import CodeFormat
 from numbaflash.cuda.decode_variant import DecodeVariant
+from numbaflash.cuda.tensor_decode import TensorDecode
 
 A100 = (8, 0)
 
@@ -40,7 +41,6 @@ def assert_close(got, want):
         ("int8", "group:symmetric", 32, 64),
         ("int4", "group", 96, 16),
         ("int8", "hqq:group_size=128,keys=token", 128, 32),
-        ("int4", "group:keys=token", 64, 8),
         ("int4", "group:symmetric", 256, 256),
     ],
 )
@@ -50,18 +50,28 @@ def test_every_format_of_page_is_read_as_it_was_written(dtype, quantizer, head_d
     assert_close(out, want)
 
 
-@pytest.mark.parametrize("step_dtype", ["float16", "bfloat16"])
-def test_every_option_at_once_for_queries_of_a_group_that_stand_in_two_pages(step_dtype):
+@pytest.mark.parametrize(
+    ("dtype", "quantizer", "head_dim"),
+    [("int8", "group", 96), ("int4", "group:keys=token", 32), ("int4", "group", 256)],
+)
+def test_every_format_of_page_is_read_as_it_was_written_for_groups_of_heads(dtype, quantizer, head_dim):
+    ring = {"capacity": 200, "sink_tokens": 3, "page_size": 64, "dtype": dtype, "quantizer": quantizer}
+    _, out, want = decoded(300, 6, 2, head_dim, step_dtype=np.float16, **ring)
+    assert_close(out, want)
+
+
+@pytest.mark.parametrize(("step_dtype", "page_size", "tokens"), [("float16", 64, 135), ("bfloat16", 16, 119)])
+def test_every_option_at_once_for_queries_of_a_group_that_stand_in_two_pages(step_dtype, page_size, tokens):
     options = {
         "scale": -0.2,
         "softcap": 5.0,
         "alibi_slopes": np.float32([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]),
         "sink_logits": np.float32([0, 1, 2, -1, -2, 3]),
     }
-    ring = {"capacity": 60, "sink_tokens": 4, "page_size": 16}
-    # 4 + 16 * 7 = 116: of the last six tokens, three are in either page.
+    ring = {"capacity": 90, "sink_tokens": 4, "page_size": page_size, "dtype": "int4"}
     dtype = np.dtype(getattr(ml_dtypes, step_dtype, step_dtype))
-    _, out, want = decoded(119, 6, 2, 64, last=6, step_dtype=dtype, dtype="int4", options=options, **ring)
+    # Of the last six tokens, three are behind 4 + 2 * 64, or 4 + 7 * 16.
+    _, out, want = decoded(tokens, 6, 2, 64, last=6, step_dtype=dtype, options=options, **ring)
     assert_close(out, want)
 
 
@@ -69,24 +79,38 @@ def bytes_of(accesses):
     return 32 * sum(access.sectors for access in accesses)
 
 
-@pytest.mark.parametrize(("dtype", "quantizer"), [("int8", "group"), ("int4", "group"), ("int4", "group:keys=token")])
-def test_codes_and_scales_are_read_once_in_whole_sectors_and_nothing_is_expanded_in_memory(launches, dtype, quantizer):
-    head_dim, page_size, pages, kv_heads = 128, 64, 8, 2
-    ring = {"capacity": 1000, "page_size": page_size}
-    tokens, stored = pages * page_size + 1, {"dtype": dtype, "quantizer": quantizer}
-    cache, _, _ = decoded(tokens, 2, kv_heads, head_dim, step_dtype=np.float16, **stored, **ring)
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(2, 2), (8, 1)], ids=["MHA", "GQA 8:1"])
+@pytest.mark.parametrize(("dtype", "quantizer"), [("int8", "group:keys=token"), ("int4", "group")])
+def test_codes_and_scales_are_read_once_in_whole_sectors_and_nothing_is_expanded_in_memory(
+    launches, q_heads, kv_heads, dtype, quantizer
+):
+    head_dim, page_size, pages = 128, 64, 8
+    ring = {"capacity": 1000, "page_size": page_size, "dtype": dtype, "quantizer": quantizer}
+    tokens = pages * page_size + 1
+    cache, _, _ = decoded(tokens, q_heads, kv_heads, head_dim, step_dtype=np.float16, **ring)
     attend, finish = launches[-2:]
-    reads = [access for access in attend.global_ if access.op == "load"]
-    # Look-ups are a word or two for all lanes of a warp.
-    read = [access for access in reads if access.sectors > access.requests]
+    # Look-ups are a word or two for all lanes of a warp; the token in float16 is copied where there are tensor cores.
+    reads = [access for access in attend.global_ if access.op == "load" and access.sectors > access.requests]
     held = pages * cache.pools[1].page_nbytes
-    # Beside codes and scales, q, and the one token in float16. Scales of int8's values, 3 % of all, come in halves of
-    # sectors, which are visited twice.
-    assert held < bytes_of(read) < {"int4": 1.011, "int8": 1.04}[dtype] * held
-    assert all(access.efficiency == 1 for access in read if dtype == "int4" or access.wanted > 32 * access.requests)
+    # Beside codes and scales, q, and the token in float16. For a row, scales of int8's values, 3 % of all, come in
+    # halves of sectors, which are visited twice.
+    halved = dtype == "int8" and q_heads == kv_heads
+    assert held <= bytes_of(reads) < (1.04 if halved else 1.011) * held
+    assert all(access.efficiency == 1 for access in reads if not halved or access.wanted > 32 * access.requests)
     # Written are the output, partial results where there are any, and the new token.
     written = [access for report in (attend, finish) for access in report.global_ if access.op == "store"]
-    assert bytes_of(written) < 0.02 * bytes_of(read)
+    assert bytes_of(written) < 0.07 * held
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "int4"), (128, "int4"), (128, "int8")])
+def test_tiles_made_of_codes_meet_no_bank_twice(launches, head_dim, dtype):
+    decoded(300, 8, 1, head_dim, step_dtype=np.float16, dtype=dtype, capacity=300, page_size=64)
+    attend = next(report for report in reversed(launches) if report.kernel == "tensor_decode")
+    # Behind the loop's last fragment come the results.
+    last = max(access.line for access in attend.shared if access.op == "ldmatrix")
+    loop = [access for access in attend.shared if access.line <= last]
+    assert {access.op for access in loop} == {"ldmatrix", "copy", "load", "store"}
+    assert sum(access.conflicts for access in loop) == 0
 
 
 def test_lanes_meet_no_bank_twice_where_they_read_queries(launches):
@@ -99,15 +123,39 @@ def test_lanes_meet_no_bank_twice_where_they_read_queries(launches):
     assert sum(access.conflicts for access in loop) == 0
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize(
-    ("dtype", "quantizer", "head_dim"),
-    [("int8", "group", 256), ("int4", "group", 128), ("int4", "group:keys=token", 64)],
-)
-def test_nothing_spills(dtype, quantizer, head_dim, rows):
+def variant_of(dtype, quantizer, head_dim):
     pages = quantizer_of(quantizer).page_format(dtype, 8, 64, head_dim)
-    variant = DecodeVariant(
+    return DecodeVariant(
         head_dim, "float16", "float16", masked=True, softcap=True, alibi=True, sinks=True, codes=CodeFormat.of(pages)
     )
-    usage = build(CodeDecode.of(variant, rows), A100).usage
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantizer", "head_dim", "rows"),
+    [
+        ("int8", "group:keys=token", 256, 4),
+        ("int4", "group:keys=token", 128, 1),
+        pytest.param("int8", "group", 128, 1, marks=pytest.mark.slow),
+        pytest.param("int4", "group", 128, 1, marks=pytest.mark.slow),
+        pytest.param("int4", "group", 256, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_nothing_spills_on_cuda_cores(dtype, quantizer, head_dim, rows):
+    usage = build(CodeDecode.of(variant_of(dtype, quantizer, head_dim), rows), A100).usage
+    assert (usage.spill_bytes, usage.stack_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantizer", "head_dim", "rows"),
+    [
+        ("int4", "group:keys=token", 128, 64),
+        ("int8", "group", 256, 16),
+        pytest.param("int4", "group", 64, 64, marks=pytest.mark.slow),
+        pytest.param("int8", "group", 128, 64, marks=pytest.mark.slow),
+        pytest.param("int4", "group", 192, 16, marks=pytest.mark.slow),
+        pytest.param("int8", "group:keys=token", 224, 16, marks=pytest.mark.slow),
+    ],
+)
+def test_nothing_spills_on_tensor_cores(dtype, quantizer, head_dim, rows):
+    usage = build(TensorDecode.of(variant_of(dtype, quantizer, head_dim), rows), A100).usage
     assert (usage.spill_bytes, usage.stack_bytes) == (0, 0)
