@@ -66,7 +66,8 @@ class Recorder:
 def cache_for(model: Llama, tokens: int, dtype: str, quantizer: Quantizer | str | None) -> RingKVCache:
     """An empty cache that keeps so many tokens."""
     shape = model.config.num_layers, model.config.num_kv_heads, model.config.head_dim
-    return RingKVCache(*shape, capacity=tokens, sink_tokens=SINK_TOKENS, dtype=dtype, quantizer=quantizer, rollback=0)
+    ring = {"capacity": tokens, "sink_tokens": SINK_TOKENS, "rollback": 0}
+    return RingKVCache(*shape, **ring, dtype=dtype, quantizer=quantizer, backend="cpu")
 
 
 def next_token_losses(model: Llama, ids: list[int], cache: RingKVCache) -> tuple[np.ndarray, np.ndarray]:

@@ -33,7 +33,14 @@ def measure(q_heads: int, kv_heads: int, tokens: int, turns: int) -> list[dict[s
     rng = np.random.default_rng(0)
     caches = [
         RingKVCache(
-            1, kv_heads, HEAD_DIM, capacity=tokens + turns, page_size=PAGE_SIZE, dtype=dtype, quantizer=quantizer
+            1,
+            kv_heads,
+            HEAD_DIM,
+            capacity=tokens + turns,
+            page_size=PAGE_SIZE,
+            dtype=dtype,
+            quantizer=quantizer,
+            backend="cpu",
         )
         for dtype, quantizer in KINDS
     ]

@@ -1,6 +1,6 @@
 """Pages in device memory: reference-counted, out of few large allocations.
 
-A page goes by its address, a multiple of 256. Its content is `numbaflash.cuda.paged.PagedLayer`'s.
+A page goes by its address, a multiple of 256. Its content is `numbaflash.cuda.paged_sequences.PagedLayer`'s.
 """
 
 from __future__ import annotations

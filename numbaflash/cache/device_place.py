@@ -21,7 +21,7 @@ from ..cuda.callers import Result, caller_stream
 from ..cuda.codes import CodeFormat
 from ..cuda.device import Device, EmulatedDevice
 from ..cuda.gpu import CudaDevice, cuda_device
-from ..cuda.paged import PagedLayer
+from ..cuda.paged_sequences import PagedLayer, padded
 from ..cuda.scratch import Scratch
 from ..cuda.solve import Queue
 from ..device_arrays import AnyArray, DeviceArray, is_on_gpu, view
@@ -89,7 +89,7 @@ class DevicePlace(Place):
 
     def stored_dim(self, head_dim: int) -> int:
         """Rows are padded to whole 16 bytes."""
-        return paged.padded(head_dim)
+        return padded(head_dim)
 
     def view(self, array: Any, name: str) -> AnyArray:
         """View an array in host memory, or on this device."""

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cuda.paged import PagedCodes, PagedSequence
+from ..cuda.paged_sequences import PagedCodes, PagedSequence
 from ..cuda.solve import Queue
 from ..device_arrays import AnyArray, DeviceArray
 from .device_pages import DevicePagePool, DevicePageTable

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cuda import paged
-from ..cuda.paged import PagedLayer, PagedSequence
+from ..cuda.paged_sequences import PagedLayer, PagedSequence, padded
 from ..cuda.solve import Queue
 from ..device_arrays import AnyArray
 from .device_pages import DevicePagePool, DevicePageTable
@@ -123,7 +123,7 @@ class DeviceRing:
         """Return copies of the tokens `start` to `stop`, all sink tokens or none: (2, tokens, Hkv, D)."""
         kind, size, device = self.kind, self._layout.page_size, self.pool.device
         tokens = np.empty((2, stop - start, kind.kv_heads, kind.head_dim), kind.dtype)
-        page = np.empty((2, kind.kv_heads, size, paged.padded(kind.head_dim)), kind.dtype)
+        page = np.empty((2, kind.kv_heads, size, padded(kind.head_dim)), kind.dtype)
         with self.pool.used_by(device.default_stream):
             at = start
             while at < stop:

@@ -28,7 +28,7 @@ from .ptx import B32, constant, device_intrinsic
 from .row_elements import IN_ORDER, PIECE
 from .tile import Registers, SharedTile, at_chunk
 
-__all__ = ["CodeTiles", "TileMoves"]
+__all__ = ["CodeTiles", "TileMoves", "store_piece"]
 
 
 class TileMoves(NamedTuple):
@@ -189,7 +189,7 @@ class CodeTiles:
             share.elements, share.lanes, share.holders, len(self._rows), self._groups, self._successive, by_channel,
             share.elements == PIECE,
         )  # fmt: skip
-        expand, first_of, store_one, store_two = expand_codes(share), first_element(share), _store_piece, _store_pieces
+        expand, first_of, store_one, store_two = expand_codes(share), first_element(share), store_piece, _store_pieces
 
         @cuda.jit(device=True, inline="always")
         def write(shared, words, a, b):
@@ -233,5 +233,6 @@ def _emit_pieces(context: Any, builder: ir.IRBuilder, signature: Any, values: An
         ptx.store_shared_4b32.emit(builder, address, *words)
 
 
-_store_piece = device_intrinsic(_emit_piece, [B32.numba, None], types.void)
+store_piece = device_intrinsic(_emit_piece, [B32.numba, None], types.void)
+"""A device function (address, array) that stores 8 floats in shared memory as float16."""
 _store_pieces = device_intrinsic(_emit_pieces, [B32.numba, B32.numba, B32.numba, None], types.void)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,12 @@ from numbaflash.device_arrays import DeviceArray
 from numbaflash.problem import FLOAT32, Scoring
 
 from .code_decode import CodeDecode
-from .codes import CodeFormat
 from .decode_variant import DECODE_PARAMETERS, DecodeVariant
 from .device import Dimensions
 from .finish_step import FINISH_PARAMETERS, FinishStep
 from .own_keys import OwnKeys, first_own_key, own_parts, rounded, rounding
 from .paged_keys import ITEM, RECORD
+from .paged_sequences import MAX_POSITION, PagedLayer, PagedSequence, padded, stretches
 from .parameters import numpy_arguments, score_factors
 from .row_elements import PIECE
 from .solve import Launchable, Queue
@@ -32,109 +32,7 @@ from .splits import KEY_TILE, rounded_up, split_keys
 from .tensor_decode import TILE_KEYS, TensorDecode
 from .vector_decode import VectorDecode
 
-__all__ = ["MAX_POSITION", "Layout", "PagedCodes", "PagedLayer", "PagedSequence", "padded", "step"]
-
-MAX_POSITION = 2**31 - 2**20
-"""Most tokens of a sequence: kernels reckon positions in 32 bits."""
-
-
-class Layout(Protocol):
-    """Which tokens of a sequence stay, and in which slots (`numbaflash.cache.layout.RingLayout`)."""
-
-    @property
-    def sink_tokens(self) -> int:
-        """First tokens, which are never overwritten."""
-
-    @property
-    def page_size(self) -> int:
-        """Tokens of a page, a power of two."""
-
-    @property
-    def window(self) -> int:
-        """Newest tokens that a query sees, its own included."""
-
-    @property
-    def ring_tokens(self) -> int:
-        """Newest tokens that are kept."""
-
-    @property
-    def sink_slots(self) -> int:
-        """Slots of the sink tokens, first in the page table."""
-
-    @property
-    def ring_slots(self) -> int:
-        """Slots of the tokens that go round."""
-
-    def by_pages(self, start: int, stop: int) -> Sequence[tuple[int, int, int]]:
-        """Part positions by the pages that they stand in: number of the page, first position, and that behind."""
-
-
-@dataclass(frozen=True)
-class PagedLayer:
-    """What all sequences of a launch have in common.
-
-    A page is (2, kv_heads, its sequence's page_size, `padded(head_dim)`), keys then values, at a multiple of 16 bytes;
-    padding is 0.
-
-    Attributes:
-        kv_heads: Heads of keys and values.
-        head_dim: Elements of a key and of a value; a multiple of 32 where there are codes.
-        dtype: Of what pages hold.
-        codes: How pages of codes lie, beside those of `dtype`, float16; None: there are none. Then a query sees the
-            sink tokens and its own page, up to itself, in `dtype`, and all pages between as codes.
-    """
-
-    kv_heads: int
-    head_dim: int
-    dtype: np.dtype[Any]
-    codes: CodeFormat | None = None
-
-
-class PagedCodes(NamedTuple):
-    """A sequence's pages of codes.
-
-    Attributes:
-        table: Device address of their page table: page p, by its number behind the sink tokens, is in slot p % slots.
-        slots: Length of the table.
-        window: Newest tokens that a query sees, its own included, be they codes or not.
-    """
-
-    table: int
-    slots: int
-    window: int
-
-
-class PagedSequence(NamedTuple):
-    """One sequence of a launch.
-
-    Attributes:
-        table: Device address of its page table: (slots,) int64 addresses.
-        layout: Its ring.
-        length: Tokens in its pages; position of the step's first token.
-        start: Position of the first query.
-        codes: Its pages of codes; those that the step fills are among them already.
-    """
-
-    table: int
-    layout: Layout
-    length: int
-    start: int
-    codes: PagedCodes | None = None
-
-
-class _Stretch(NamedTuple):
-    """Queries of one sequence that see the same pages; pages are of codes, and numbered behind the sink tokens."""
-
-    entry: int
-    start: int
-    stop: int
-    first_page: int = 0
-    own_page: int = 0
-
-
-def padded(head_dim: int) -> int:
-    """Return the elements of a row in a page: whole 16 bytes in every dtype."""
-    return -(-head_dim // PIECE) * PIECE
+__all__ = ["step"]
 
 
 def step(
@@ -199,14 +97,14 @@ class _Call:
     ) -> None:
         self.queue, self.layer, self.sequences, self.tokens, self.dtype = queue, layer, sequences, tokens, dtype
         self.width = padded(layer.head_dim)
-        self.stretches = _stretches(sequences, tokens)
+        self.stretches = stretches(sequences, tokens)
         self.queries = max(stretch.stop - stretch.start for stretch in self.stretches)
         self.records = np.zeros(len(self.stretches), RECORD)
         for record, stretch in zip(self.records, self.stretches, strict=True):
             sequence = sequences[stretch.entry]
             layout = sequence.layout
             record["table"], record["start"], record["length"] = sequence.table, stretch.start, sequence.length
-            record["window"], record["sink_tokens"] = min(_window(sequence), MAX_POSITION), layout.sink_tokens
+            record["window"], record["sink_tokens"] = min(sequence.window, MAX_POSITION), layout.sink_tokens
             record["sink_slots"], record["ring_slots"] = layout.sink_slots, layout.ring_slots
             record["kept_from"] = max(layout.sink_tokens, sequence.length + tokens - layout.ring_tokens)
             record["splits"], record["page_shift"] = 1, layout.page_size.bit_length() - 1
@@ -305,7 +203,7 @@ class _Call:
         sums: DeviceArray,
     ) -> None:
         """Queue what FlashAttention-2 does for the sequences that have a first key of their own."""
-        windows = [_window(self.sequences[stretch.entry]) for stretch in self.stretches]
+        windows = [self.sequences[stretch.entry].window for stretch in self.stretches]
         parts = list(own_parts(own_keys, windows, self.records["own"].tolist(), self.tokens))
         if parts and rounding(self.layer.dtype.name, self.dtype.name):
             k, v = (rounded(self.queue, array, self.layer.dtype.name) for array in (step.k, step.v))
@@ -343,7 +241,7 @@ class _Call:
             # The keys of the oldest row are the first ones, of the newest the last.
             sequence = self.sequences[stretch.entry]
             sinks, page_size = sequence.layout.sink_tokens, sequence.layout.page_size
-            oldest = max(sinks + stretch.own_page * page_size, stretch.start - _window(sequence) + 1)
+            oldest = max(sinks + stretch.own_page * page_size, stretch.start - sequence.window + 1)
             end = stretch.stop if own is None else sequence.length + own
             coded = (stretch.own_page - stretch.first_page) * page_size
             keys = coded + min(sinks, end) + max(0, end - oldest)
@@ -377,35 +275,18 @@ class _Call:
         return max(KEY_TILE, page_size), (codes.key_nbytes + codes.value_nbytes) / (2 * page_size * self.width)
 
 
-def _stretches(sequences: Sequence[PagedSequence], tokens: int) -> list[_Stretch]:
-    """Part the queries of all sequences by what they see; that of the first ones of sequence n is number n."""
-    parts: list[list[_Stretch]] = []
-    for entry, sequence in enumerate(sequences):
-        layout, start, stop = sequence.layout, sequence.start, sequence.start + tokens
-        if sequence.codes is None:
-            parts.append([_Stretch(entry, start, stop)])
-            continue
-        parts.append([])
-        for own, first, behind in layout.by_pages(start, stop):
-            oldest = max(layout.sink_tokens, first - sequence.codes.window + 1)
-            parts[-1].append(_Stretch(entry, first, behind, (oldest - layout.sink_tokens) // layout.page_size, own))
-    return [part[0] for part in parts] + [stretch for part in parts for stretch in part[1:]]
-
-
-def _window(sequence: PagedSequence) -> int:
-    return sequence.layout.window if sequence.codes is None else sequence.codes.window
-
-
 def _kernel(variant: DecodeVariant, rows: int) -> VectorDecode | TensorDecode | CodeDecode:
     """Choose the kernel for so many query rows of a KV head.
 
-    Tensor cores take 16 rows at the price of one, and 16-bit numbers of one dtype. One row is memory's to bound on CUDA
-    cores as well, which compute no empty rows beside it.
+    Tensor cores take 16 rows at the price of one, and 16-bit numbers of one dtype; beside codes, which become float16,
+    queries of either. One row is memory's to bound on CUDA cores as well, which compute no empty rows beside it. Pages
+    of codes that are smaller than a tile go by them, too.
     """
-    on_tensor_cores = rows > 1 and variant.dtype == variant.step_dtype != "float32"
-    if variant.codes is not None and (not on_tensor_cores or variant.codes.page_size < TILE_KEYS):
+    if variant.codes is not None:
+        if rows > 1 and variant.step_dtype != "float32" and variant.codes.page_size >= TILE_KEYS:
+            return TensorDecode.of(variant, rows)
         return CodeDecode.of(variant, rows)
-    if on_tensor_cores:
+    if rows > 1 and variant.dtype == variant.step_dtype != "float32":
         return TensorDecode.of(variant, rows)
     return VectorDecode.of(variant, rows)
 

@@ -25,10 +25,11 @@ from numba.cuda import types
 
 from . import fragments, products, ptx, softmax
 from .block_result import BlockPlace, BlockResult
-from .code_tiles import CodeTiles
+from .code_tiles import CodeTiles, store_piece
 from .decode_variant import DECODE_PARAMETERS, DecodeVariant
 from .paged_keys import ITEM, RECORD, Rows, key_address, list_keys
 from .products import WarpTile
+from .row_elements import IN_ORDER, PIECE, load_elements
 from .softmax import LOG2_E, NOTHING_SEEN
 from .tile import CHUNK, RowCopy, SharedTile, at_chunk
 from .tile import Rows as CopiedRows
@@ -49,8 +50,8 @@ class TensorDecode:
     Nothing that it reads is written by the launch. An item whose result is the whole one has a key for every row.
 
     Attributes:
-        variant: What it is specialised for; pages and steps have one dtype, float16 or bfloat16. Pages of codes have
-            `TILE_KEYS` tokens or more.
+        variant: What it is specialised for; pages and steps have one dtype, float16 or bfloat16, but where there are
+            codes, queries may be bfloat16 beside float16. Pages of codes have `TILE_KEYS` tokens or more.
         row_warps: Warps side by side along the rows: 1, 2 or 4; the others share their rows.
     """
 
@@ -106,6 +107,8 @@ class TensorDecode:
         variant = self.variant
         SOFTCAP, ALIBI, SINKS, CODED = variant.softcap, variant.alibi, variant.sinks, variant.codes is not None
         MASKED = variant.masked or CODED  # a window may begin inside a page of codes
+        CONVERTED, LARGEST = variant.step_dtype != variant.dtype, float32(65504)
+        load_query = load_elements(IN_ORDER, variant.step_dtype)
         SCORED = variant.softcap or variant.alibi or variant.scaled
         D, ROWS, KEY_WARPS = variant.head_dim, self.rows, _WARPS // self.row_warps
         TILE, KEYS = TILE_KEYS, TILE_KEYS // KEY_WARPS
@@ -151,6 +154,22 @@ class TensorDecode:
             for along in range(0, PITCH_CHUNKS, LANES):
                 nbytes = CHUNK if exists and lane_chunk + along < CHUNKS else 0
                 ptx.cp_async_16(to + along * CHUNK, source + (lane_chunk + along) * CHUNK, nbytes)
+
+        @cuda.jit(device=True, inline="always")
+        def convert_chunks(to, source, exists, lane_chunk):
+            """As `copy_chunks`, from bfloat16 to float16, whose largest number stands for all beyond."""
+            X = cuda.local.array(PIECE, float32)
+            for along in range(0, PITCH_CHUNKS, LANES):
+                for i in range(PIECE):
+                    X[i] = float32(0)
+                if exists and lane_chunk + along < CHUNKS:
+                    load_query(source + (lane_chunk + along) * CHUNK, X)
+                for i in range(PIECE):
+                    if X[i] > LARGEST:
+                        X[i] = LARGEST
+                    if X[i] < -LARGEST:
+                        X[i] = -LARGEST
+                store_piece(to + along * CHUNK, X)
 
         def copy_tile(chunk: Any) -> Any:
             """Return the copy of a tile of keys, or of values."""
@@ -208,7 +227,11 @@ class TensorDecode:
                     row = min(first_row + r, last_row)
                     token = row // group
                     source = q_own + token * q_token + (kv_head * group + row - token * group) * q_head
-                    copy_chunks(Q_chunk(shared, int32(r), lane_chunk), source, first_row + r <= last_row, lane_chunk)
+                    to, exists = Q_chunk(shared, int32(r), lane_chunk), first_row + r <= last_row
+                    if CONVERTED:
+                        convert_chunks(to, source, exists, lane_chunk)
+                    else:
+                        copy_chunks(to, source, exists, lane_chunk)
             ptx.cp_async_commit()  # of its own, for a block whose rows see no key of the item has no other
             words = cuda.local.array(WORDS, int32)
             K_a, K_b = cuda.local.array(KEY_FACTORS, float32), cuda.local.array(KEY_FACTORS, float32)

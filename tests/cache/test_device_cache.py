@@ -10,7 +10,7 @@ import numbaflash
 from numbaflash.cache.device_pages import DevicePagePool
 from numbaflash.cache.device_place import device_place
 from numbaflash.cuda import device as device_module
-from numbaflash.cuda.paged import MAX_POSITION
+from numbaflash.cuda.paged_sequences import MAX_POSITION
 from numbaflash.cuda.solve import Queue
 
 SHAPE = {"capacity": 30, "sink_tokens": 3, "page_size": 8, "rollback": 5, "dtype": "float32"}

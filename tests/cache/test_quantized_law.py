@@ -18,7 +18,7 @@ from numbaflash import AWQQuantizer, GroupQuantizer, HQQQuantizer
 HEAD_DIM = 32
 
 
-# On a device each format, and each number of rows, is a build of the kernel, of some seconds.
+# On a device each format, and each number of rows, is a build of the kernel, of some seconds: these are few.
 FORMATS = {
     "cpu": st.tuples(
         st.sampled_from(["int8", "int4"]),
@@ -28,7 +28,7 @@ FORMATS = {
         st.sampled_from([8, 16, 64]),
     ),
     "emulated": st.sampled_from(
-        [("int8", GroupQuantizer, False, "channel", 16), ("int4", AWQQuantizer, True, "token", 8)]
+        [("int4", HQQQuantizer, False, "channel", 8), ("int8", AWQQuantizer, True, "token", 16)]
     ),
 }
 HEADS = {"cpu": st.sampled_from([(1, 1), (8, 2), (3, 1)]), "emulated": st.just((4, 2))}
@@ -204,7 +204,7 @@ def test_every_format_of_page_is_read_as_it_was_written(head_dim, quantizer, dty
 def test_outputs_have_the_dtype_of_the_queries(backend, dtype):
     rng = np.random.default_rng(0)
     q, k, v = (random_tokens(rng, 40, heads, HEAD_DIM, dtype=np.dtype(dtype)) for heads in (4, 2, 2))
-    cache = numbaflash.RingKVCache(1, 2, HEAD_DIM, capacity=30, dtype="int8", page_size=8, backend=backend)
+    cache = numbaflash.RingKVCache(1, 2, HEAD_DIM, capacity=30, dtype="int4", page_size=8, backend=backend)
 
     out = take_steps(cache, q, k, v, [20, 1, 19])
 

@@ -212,10 +212,10 @@ def test_the_tests_of_kernels_and_the_clock_of_benchmarks_use_the_device(calls):
 CACHE = {"capacity": 60, "sink_tokens": 4, "page_size": 16}
 
 
-def cached(place, backend, *, then=lambda cache: cache):
+def cached(place, backend, *, then=lambda cache: cache, **changes):
     """Return the results of some steps, and of one more by what `then` makes of the cache."""
     q, k, v = (array[0] for array in problem(q_tokens=150))
-    cache = numbaflash.RingKVCache(1, 2, 64, **CACHE, backend=backend)
+    cache = numbaflash.RingKVCache(1, 2, 64, **CACHE | changes, backend=backend)
     outs = []
     for start, stop in ((0, 100), (100, 101), (101, 149)):
         outs.append(cache.step(0, *(place(x[start:stop]) for x in (q, k, v))))
@@ -242,6 +242,13 @@ def test_a_cache_reads_and_gives_device_arrays_without_a_copy(calls):
     # The records of the launch, and nothing else.
     assert names(calls).count("copy in") == 1
     assert "copy out" not in names(calls)
+
+
+def test_a_quantized_cache_takes_device_arrays_through_the_host_and_gives_the_emulators_bits(calls):
+    got = cached(numba_cuda.to_device, "cuda", dtype="int4")
+    assert names(calls).count("copy out") >= 2 * 4  # keys and values of each step
+    for one, other in zip(got, cached(lambda array: array, "emulated", dtype="int4"), strict=True):
+        np.testing.assert_array_equal(one.copy_to_host(), other)
 
 
 def test_a_cache_that_changes_streams_waits_for_what_the_last_one_was_given(calls, replays, monkeypatch):

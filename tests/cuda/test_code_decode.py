@@ -60,7 +60,7 @@ def test_every_format_of_page_is_read_as_it_was_written_for_groups_of_heads(dtyp
     assert_close(out, want)
 
 
-@pytest.mark.parametrize(("step_dtype", "page_size", "tokens"), [("float16", 64, 135), ("bfloat16", 16, 119)])
+@pytest.mark.parametrize(("step_dtype", "page_size", "tokens"), [("bfloat16", 64, 135), ("float16", 16, 119)])
 def test_every_option_at_once_for_queries_of_a_group_that_stand_in_two_pages(step_dtype, page_size, tokens):
     options = {
         "scale": -0.2,
@@ -92,10 +92,10 @@ def test_codes_and_scales_are_read_once_in_whole_sectors_and_nothing_is_expanded
     # Look-ups are a word or two for all lanes of a warp; the token in float16 is copied where there are tensor cores.
     reads = [access for access in attend.global_ if access.op == "load" and access.sectors > access.requests]
     held = pages * cache.pools[1].page_nbytes
-    # Beside codes and scales, q, and the token in float16. For a row, scales of int8's values, 3 % of all, come in
+    # Beside codes and scales, q, and the token in float16. For a lone row, scales of int8, 6 % of all by token, come in
     # halves of sectors, which are visited twice.
     halved = dtype == "int8" and q_heads == kv_heads
-    assert held <= bytes_of(reads) < (1.04 if halved else 1.011) * held
+    assert held <= bytes_of(reads) < (1.07 if halved else 1.011) * held
     assert all(access.efficiency == 1 for access in reads if not halved or access.wanted > 32 * access.requests)
     # Written are the output, partial results where there are any, and the new token.
     written = [access for report in (attend, finish) for access in report.global_ if access.op == "store"]
