@@ -32,6 +32,9 @@ class DevicePagePool:
         page_nbytes: Bytes of a page.
         dtype: Of what they hold.
         alone: Entered by who uses the device, where it may be used by one thread at a time.
+
+    Attributes:
+        stride: Bytes from one page to the next.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class DevicePagePool:
         self.alone = nullcontext() if alone is None else alone
         self.page_nbytes = page_nbytes
         self.dtype = dtype
-        self._stride = -(-page_nbytes // _ALIGNMENT) * _ALIGNMENT
+        self.stride = -(-page_nbytes // _ALIGNMENT) * _ALIGNMENT
         self._expected = 0
         self._pages = 0
         self._slabs: list[Buffer] = []
@@ -121,22 +124,22 @@ class DevicePagePool:
     def taken_nbytes(self) -> int:
         """Bytes that are taken from the device."""
         with self._lock:
-            return self._pages * self._stride
+            return self._pages * self.stride
 
     def _grow(self, missing: int, stream: Stream) -> None:
         count = max(missing, min(self._pages, self._expected - self._pages))
         default = self.device.default_stream
         try:
-            slab = self.device.allocate(count * self._stride, default)
+            slab = self.device.allocate(count * self.stride, default)
         except MemoryError:
             if count == missing:
                 raise
             count = missing
-            slab = self.device.allocate(count * self._stride, default)
+            slab = self.device.allocate(count * self.stride, default)
         stream.wait(default.record())
         self._slabs.append(slab)
         self._pages += count
-        self._free += [slab.address + i * self._stride for i in reversed(range(count))]
+        self._free += [slab.address + i * self.stride for i in reversed(range(count))]
 
     def __del__(self) -> None:
         # Slabs are freed in the order of the default stream: after what other streams still do with them.

@@ -8,12 +8,14 @@ NaN arrives; the tokens of a page that had begun are read back once in `page_siz
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..cuda.device import Stream
 from ..cuda.paged_sequences import PagedCodes, PagedSequence
 from ..cuda.solve import Queue
 from ..device_arrays import AnyArray, DeviceArray
@@ -33,11 +35,14 @@ class DeviceQuantizedLayer(QuantizedLayer, DeviceLayer):
     ring: DeviceRing
     table: DevicePageTable
 
-    # Pages that the tokens received fill: number of the first, their content, and the pages once they are prepared.
+    # Pages that the tokens received fill: number of the first, their content, and where that lies until it is known
+    # whether it comes to stay; and pages, by slot, where it then goes to and there is none yet, or a shared one.
     _first_filled: int = 0
     _filled: Sequence[Any] | NDArray[np.uint8] = ()
-    _pages: Sequence[int] = ()
+    _placed: DeviceArray | None = None
+    _fresh: Mapping[int, int] = MappingProxyType({})
     _listed: DeviceArray | None = None
+    _stream: Stream
 
     @property
     def pools(self) -> list[DevicePagePool]:
@@ -73,41 +78,62 @@ class DeviceQuantizedLayer(QuantizedLayer, DeviceLayer):
         Pages that are being filled have no slots yet, for what these hold may still be seen: then all are listed.
         """
         window, ring = self.layout.window, self.ring.sequence(start, queue)
-        if not self._pages:
+        if self._placed is None:
             return ring._replace(codes=PagedCodes(self.table.placed(queue), self.layout.ring_slots, window))
         first = self.first_page(start)
         seen = [self.table[self.slot_of(number)] for number in range(first, self._first_filled)]
-        seen += self._pages[max(0, first - self._first_filled) :]
+        seen += self._addresses(max(first, self._first_filled))
         listed = self._listed = queue.place(np.array(seen, np.int64))
         return ring._replace(codes=PagedCodes(listed.address - 8 * first, _ENDLESS, window))
 
     def prepare(self, tokens: int, queue: Queue) -> None:
-        """See that there are pages for the tokens received, and fill those of codes."""
+        """See that there are pages for the tokens received; those of codes are placed beside the pool's."""
         super().prepare(tokens, queue)
-        self._pages = self.table.pool.acquire(len(self._filled), queue.stream)
-        for page, content in zip(self._pages, self._filled, strict=True):
-            queue.device.copy_in(page, content, queue.stream)
+        if not len(self._filled):
+            return
+        pool = self.table.pool
+        rows = np.zeros((len(self._filled), pool.stride), np.uint8)
+        rows[:, : pool.page_nbytes] = self._filled
+        self._placed, self._stream = queue.place(rows), queue.stream
+        slots = [self.slot_of(number) for number in self._staying()]
+        slots = [slot for slot in slots if not self.table[slot] or pool.is_shared(self.table[slot])]
+        self._fresh = dict(zip(slots, pool.acquire(len(slots), queue.stream), strict=True))
 
     def commit(self, tokens: int) -> None:
-        """The tokens are there, and the pages of codes have their slots."""
+        """The tokens are there, and the pages of codes go to their slots."""
         super().commit(tokens)
-        for number, page in enumerate(self._pages, self._first_filled):
-            slot = self.slot_of(number)
+        pool = self.table.pool
+        for slot, page in self._fresh.items():
             if before := self.table[slot]:
-                self.table.pool.release(before)
+                pool.release(before)
             self.table[slot] = page
+        staying = self._staying()
+        for number, address in zip(staying, self._addresses(staying.start), strict=True):
+            pool.device.copy(self.table[self.slot_of(number)], address, pool.page_nbytes, self._stream)
         self._forget()
         self.overwritten_by_codes()
 
     def discard(self) -> None:
         """They are not: the pages go back."""
         super().discard()
-        for page in self._pages:
+        for page in self._fresh.values():
             self.table.pool.release(page)
         self._forget()
 
+    def _staying(self) -> range:
+        """The numbers of the filled pages that later ones of them do not overwrite."""
+        behind = self._first_filled + len(self._filled)
+        return range(max(self._first_filled, behind - self.layout.ring_slots), behind)
+
+    def _addresses(self, first: int) -> list[int]:
+        """Where the filled pages from number `first` on lie."""
+        if self._placed is None:
+            return []
+        numbers = range(first - self._first_filled, len(self._filled))
+        return [self._placed.address + i * self.table.pool.stride for i in numbers]
+
     def _forget(self) -> None:
-        self._filled, self._pages, self._listed = (), (), None
+        self._filled, self._placed, self._fresh, self._listed = (), None, {}, None
 
 
 def _on_host(array: AnyArray, queue: Queue) -> NDArray[Any]:

@@ -66,13 +66,14 @@ def test_the_cache_never_takes_more_than_was_reserved(client: Client, qkv: Calla
     assert cache.max_nbytes <= session.max_nbytes
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_a_device_gives_no_more_than_was_reserved_also_to_forks_and_after_some_have_ended(
-    start_server: Any, qkv: Callable[..., Any]
+    start_server: Any, qkv: Callable[..., Any], dtype: str
 ) -> None:
     server = start_server(backend="emulated", kv_memory="1MiB")
     table = server.server._servicer._table
     with Client(server.target, retry=ONCE) as client:
-        session = client.create_session(1, 2, 32, capacity=40, page_size=8, dtype="float32")
+        session = client.create_session(1, 2, 32, capacity=40, page_size=8, dtype=dtype)
         session.step(0, **qkv(200, head_dim=32))
         pools = next(iter(table)).cache.pools
 
