@@ -44,6 +44,25 @@ def test_a_snapshot_of_a_quantized_session_goes_on(start_server: Any, tmp_path: 
             np.testing.assert_array_equal(restored.step(0, q, k, v), session.step(0, q, k, v))
 
 
+@pytest.mark.parametrize(("backend", "dtype"), [("cpu", "int4"), ("emulated", "int8")])
+def test_a_session_of_any_kind_comes_back_from_disk_to_the_bit(
+    start_server: Any, tmp_path: Path, backend: str, dtype: str
+) -> None:
+    shape = {**SHAPE, "dtype": dtype, "capacity": 500}
+    folder = {"spill_dir": tmp_path, "spill_after": 0.0, "kv_high_water": 1.0}
+    server = start_server(backend=backend, kv_memory="1MiB", **folder)  # of two sessions at most
+    with Client(server.target) as client:
+        sessions = [client.create_session(2, 4, 64, **shape) for _ in range(3)]
+        caches = [numbaflash.RingKVCache(2, 4, 64, **shape, backend=backend) for _ in sessions]
+        rng = np.random.default_rng(5)
+        for tokens in (20, 3):  # turn by turn, so that each is on disk when its turn comes
+            for session, cache in zip(sessions, caches, strict=True):
+                q, k, v = (rng.standard_normal((tokens, 4, 64)).astype(np.float32) for _ in range(3))
+                np.testing.assert_array_equal(session.step(0, q, k, v), cache.step(0, q, k, v))
+        metrics = server.server._servicer.metrics
+        assert metrics.spills >= metrics.unspills >= len(sessions)
+
+
 def test_a_step_that_is_not_finite_is_refused_and_the_session_keeps_what_it_held(client: Client) -> None:
     q, k, v = (np.ones((3, heads, 32), np.float32) for heads in (4, 2, 2))
     with client.create_session(2, 2, 32, **SHAPE) as session:
