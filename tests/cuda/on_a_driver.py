@@ -267,10 +267,11 @@ def test_a_cache_that_changes_streams_waits_for_what_the_last_one_was_given(call
     assert {call[-1] for call in calls if call[0] == "launch"} == {handle}
 
 
-def decoded(backend, *, steps, lengths=(700, 90), **options):
+def decoded(backend, *, steps, lengths=(700, 90), dtype="float16", **options):
     """Return the results of so many steps of caches of some lengths, two tokens each; the last ones are lone ones."""
     rng = np.random.default_rng(0)
-    caches = [numbaflash.RingKVCache(1, 2, 64, capacity=900, sink_tokens=4, backend=backend) for _ in lengths]
+    shape = {"capacity": 900, "sink_tokens": 4, "dtype": dtype, "backend": backend}
+    caches = [numbaflash.RingKVCache(1, 2, 64, **shape) for _ in lengths]
     for cache, length in zip(caches, lengths, strict=True):
         cache.append(0, *(rng.standard_normal((length, 2, 64)).astype(np.float16) for _ in range(2)))
     outs = []
@@ -297,13 +298,17 @@ def test_steps_that_come_again_are_replayed_with_the_same_bits(calls, replays, o
     assert replays.count == replayed
 
 
-def test_a_grid_that_is_filled_up_gives_the_bits_of_one_that_is_not(calls, replays):
-    lengths = (700, 500, 300, 900, 640)
-    outs = decoded("cuda", steps=4, lengths=lengths)
+@pytest.mark.parametrize(
+    ("dtype", "kernel", "lengths"),
+    [("float16", "tensor_decode", (700, 500, 300, 900, 640)), ("int8", "code_decode", (70,) * 17)],
+)
+def test_a_grid_that_is_filled_up_gives_the_bits_of_one_that_is_not(calls, replays, dtype, kernel, lengths):
+    shape = {"steps": 4, "lengths": lengths, "dtype": dtype}
+    outs = decoded("cuda", **shape)
     assert replays.count
-    blocks = max(call[2][0] for call in calls if call[0] == "launch" and call[1] == "tensor_decode")
+    blocks = max(call[2][0] for call in calls if call[0] == "launch" and call[1] == kernel)
     replays.enabled = False
-    assert_same_bits(outs, decoded("emulated", steps=4, lengths=lengths))
+    assert_same_bits(outs, decoded("emulated", **shape))
     assert blocks > len(lengths)
 
 
@@ -346,6 +351,16 @@ def test_a_call_while_another_has_the_memory_that_they_share_takes_its_own(calls
     assert lent.wanted == 0
     assert calls
     assert_same_bits(outs, decoded("emulated", steps=4))
+
+
+def test_caches_that_are_used_together_are_waited_for_by_one_event(calls):
+    caches = [numbaflash.RingKVCache(1, 2, 64, **CACHE, backend="cuda") for _ in range(9)]
+    q, k, v = (np.repeat(array[:, :1], 9, axis=0) for array in problem())
+    for _ in range(2):
+        calls.clear()
+        numbaflash.attention_batch(caches, 0, q, k, v)
+    # The pages', and that of the memory which calls share.
+    assert (names(calls).count("wait"), names(calls).count("record")) == (2, 2)
 
 
 def test_forks_work_in_threads_that_have_no_context(calls):
