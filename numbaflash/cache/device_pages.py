@@ -238,9 +238,10 @@ def all_used_by(stream: Stream, pools: Sequence[DevicePagePool]) -> Iterator[Non
     with ExitStack() as stack:
         for pool in alike:
             stack.enter_context(pool._users)
-        for pool in alike:
-            stack.enter_context(pool.alone)
-            stack.enter_context(pool.device.current())
+        for alone in dict.fromkeys(pool.alone for pool in alike):
+            stack.enter_context(alone)
+        for device in dict.fromkeys(pool.device for pool in alike):
+            stack.enter_context(device.current())
         for last in dict.fromkeys(pool._last for pool in alike):
             if last is not None:
                 stream.wait(last)

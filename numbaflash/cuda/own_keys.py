@@ -28,7 +28,17 @@ from .round_rows import RoundRows
 from .solve import Queue
 from .variant import Variant
 
-__all__ = ["LEAST_ALONE", "LEAST_MERGED", "OwnKeys", "OwnPart", "first_own_key", "own_parts", "rounded", "rounding"]
+__all__ = [
+    "LEAST_ALONE",
+    "LEAST_MERGED",
+    "OwnKeys",
+    "OwnPart",
+    "first_own_key",
+    "may_be_parted",
+    "own_parts",
+    "rounded",
+    "rounding",
+]
 
 LEAST_ALONE = 128
 """Tokens from which FlashAttention-2 is taken where nothing need be merged: the query rows of its block. And where the
@@ -38,6 +48,11 @@ LEAST_MERGED = 2048
 bytes an element of O: 11 ps on an A100 (1.5 TB/s). T tokens are T/2 keys for each query, 2 T operations an element of
 O; with tensor cores busy for 0.82 of the time instead of 0.55 (0.79 and 0.36 at a head dim of 64; the issue model's
 shares of 312 TFLOP/s) that saves 0.004 T ps (0.010 T): as much from 2,800 tokens on (1,100)."""
+
+
+def may_be_parted(tokens: int) -> bool:
+    """Say whether a step of so many tokens may have a first key of its own."""
+    return tokens >= min(LEAST_ALONE, LEAST_MERGED)
 
 
 def first_own_key(length: int, tokens: int, window: int, sink_tokens: int, dtype: str, step_dtype: str) -> int | None:

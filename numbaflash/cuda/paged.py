@@ -22,9 +22,9 @@ from .code_decode import CodeDecode
 from .decode_variant import DECODE_PARAMETERS, DecodeVariant
 from .device import Dimensions
 from .finish_step import FINISH_PARAMETERS, FinishStep
-from .own_keys import OwnKeys, first_own_key, own_parts, rounded, rounding
+from .own_keys import OwnKeys, first_own_key, may_be_parted, own_parts, rounded, rounding
 from .paged_keys import ITEM, RECORD
-from .paged_sequences import MAX_POSITION, PagedLayer, PagedSequence, padded, stretches
+from .paged_sequences import MAX_POSITION, PagedLayer, PagedSequence, Stretch, padded, stretches
 from .parameters import numpy_arguments, score_factors
 from .row_elements import PIECE
 from .solve import Launchable, Queue
@@ -99,21 +99,7 @@ class _Call:
         self.width = padded(layer.head_dim)
         self.stretches = stretches(sequences, tokens)
         self.queries = max(stretch.stop - stretch.start for stretch in self.stretches)
-        self.records = np.zeros(len(self.stretches), RECORD)
-        for record, stretch in zip(self.records, self.stretches, strict=True):
-            sequence = sequences[stretch.entry]
-            layout = sequence.layout
-            record["table"], record["start"], record["length"] = sequence.table, stretch.start, sequence.length
-            record["window"], record["sink_tokens"] = min(sequence.window, MAX_POSITION), layout.sink_tokens
-            record["sink_slots"], record["ring_slots"] = layout.sink_slots, layout.ring_slots
-            record["kept_from"] = max(layout.sink_tokens, sequence.length + tokens - layout.ring_tokens)
-            record["splits"], record["page_shift"] = 1, layout.page_size.bit_length() - 1
-            record["end"], record["own"] = stretch.stop, -1
-            record["entry"], record["first_query"] = stretch.entry, stretch.start - sequence.start
-            record["queries"] = stretch.stop - stretch.start
-            record["first_page"], record["own_page"] = stretch.first_page, stretch.own_page
-            if sequence.codes is not None:
-                record["code_table"], record["code_slots"] = sequence.codes.table, sequence.codes.slots
+        self.records = _records([(sequences[stretch.entry], stretch) for stretch in self.stretches], tokens)
 
     def attend(self, q: DeviceArray, tail: _Tail | None, scoring: Scoring, out: DeviceArray) -> None:
         """Queue the attention, and what follows it."""
@@ -213,7 +199,7 @@ class _Call:
 
     def _own_keys(self, tail: _Tail | None) -> list[int | None]:
         """Return `first_own_key` of each sequence."""
-        if tail is None or self.layer.codes is not None:
+        if tail is None or self.layer.codes is not None or not may_be_parted(self.tokens):
             return [None] * len(self.stretches)
         return [
             first_own_key(
@@ -236,8 +222,9 @@ class _Call:
             own_keys: Of each stretch, which of its keys of its own is not looked at, like all behind it.
         """
         items: list[tuple[int, int, int, int]] = []
+        noted: list[tuple[int, int, int, int]] = []
         partials = results = 0
-        for index, (record, stretch, own) in enumerate(zip(self.records, self.stretches, own_keys, strict=True)):
+        for index, (stretch, own) in enumerate(zip(self.stretches, own_keys, strict=True)):
             # The keys of the oldest row are the first ones, of the newest the last.
             sequence = self.sequences[stretch.entry]
             sinks, page_size = sequence.layout.sink_tokens, sequence.layout.page_size
@@ -245,24 +232,23 @@ class _Call:
             end = stretch.stop if own is None else sequence.length + own
             coded = (stretch.own_page - stretch.first_page) * page_size
             keys = coded + min(sinks, end) + max(0, end - oldest)
-            record["end"] = end
             if not keys:
-                record["splits"] = 0
+                noted.append((end, -1, partials, 0))
                 continue
-            if own is not None:
-                record["own"] = results
-                results += 1
             rows = (stretch.stop - stretch.start) * group
             blocks = self.layer.kv_heads * -(-rows // block_rows)
             tile, itemsize = self._unit(page_size)
             size = split_keys(keys, rows, self.width, itemsize, blocks, self.queue.device, tile)
             splits = -(-keys // size)
-            record["first_partial"], record["splits"] = partials, splits
             several = splits > 1 or own is not None
+            noted.append((end, -1 if own is None else results, partials, splits))
             items += [
                 (index, i * size, min(keys, (i + 1) * size), partials + i if several else -1) for i in range(splits)
             ]
             partials += splits if several else 0
+            results += own is not None
+        for name, values in zip(("end", "own", "first_partial", "splits"), zip(*noted, strict=True), strict=True):
+            self.records[name] = values
         if self.queue.arena is not None:  # steps can be replayed that have the same grid
             items += [(0, 0, 0, partials + i) for i in range(rounded_up(len(items)) - len(items))]
         return np.array(items, ITEM)
@@ -273,6 +259,40 @@ class _Call:
         if codes is None:
             return KEY_TILE, self.layer.dtype.itemsize
         return max(KEY_TILE, page_size), (codes.key_nbytes + codes.value_nbytes) / (2 * page_size * self.width)
+
+
+def _records(parts: Sequence[tuple[PagedSequence, Stretch]], tokens: int) -> NDArray[Any]:
+    """Describe stretches of queries to kernels, as if no keys were split.
+
+    By columns: to set 20 elements of 64 structures takes milliseconds.
+    """
+    records = np.zeros(len(parts), RECORD)
+    columns = {
+        "table": [sequence.table for sequence, _ in parts],
+        "length": [sequence.length for sequence, _ in parts],
+        "window": [min(sequence.window, MAX_POSITION) for sequence, _ in parts],
+        "sink_tokens": [sequence.layout.sink_tokens for sequence, _ in parts],
+        "sink_slots": [sequence.layout.sink_slots for sequence, _ in parts],
+        "ring_slots": [sequence.layout.ring_slots for sequence, _ in parts],
+        "kept_from": [
+            max(sequence.layout.sink_tokens, sequence.length + tokens - sequence.layout.ring_tokens)
+            for sequence, _ in parts
+        ],
+        "page_shift": [sequence.layout.page_size.bit_length() - 1 for sequence, _ in parts],
+        "start": [stretch.start for _, stretch in parts],
+        "end": [stretch.stop for _, stretch in parts],
+        "entry": [stretch.entry for _, stretch in parts],
+        "first_query": [stretch.start - sequence.start for sequence, stretch in parts],
+        "queries": [stretch.stop - stretch.start for _, stretch in parts],
+        "first_page": [stretch.first_page for _, stretch in parts],
+        "own_page": [stretch.own_page for _, stretch in parts],
+        "code_table": [0 if sequence.codes is None else sequence.codes.table for sequence, _ in parts],
+        "code_slots": [0 if sequence.codes is None else sequence.codes.slots for sequence, _ in parts],
+        "own": [-1] * len(parts),
+    }
+    for name, values in columns.items():
+        records[name] = values
+    return records
 
 
 def _kernel(variant: DecodeVariant, rows: int) -> VectorDecode | TensorDecode | CodeDecode:

@@ -6,6 +6,8 @@ batch.
 
 from __future__ import annotations
 
+import functools
+
 from .device import Device
 
 __all__ = ["BLOCKS_PER_MULTIPROCESSOR", "KEY_TILE", "rounded_up", "split_keys"]
@@ -38,13 +40,19 @@ def split_keys(
     least = 2 * rows * 4 * (head_dim + 2) / (MOST_PARTIAL_BYTES * 2 * head_dim * itemsize)
     # A share is a whole number of tiles, so not every number of shares exists.
     most = max(1, tiles // max(1, -(-int(least) // tile)))
-    slots = device.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
+    return _share(tiles, most, blocks, device.multiprocessors * BLOCKS_PER_MULTIPROCESSOR) * tile
+
+
+# The same for 64 steps of a sequence; at 64k tokens it is 200 sizes to try.
+@functools.lru_cache(maxsize=4096)
+def _share(tiles: int, most: int, blocks: int, slots: int) -> int:
+    """Return the tiles of a share, of which there are at most so many."""
     if blocks >= slots * ENOUGH:
-        return tiles * tile
+        return tiles
     sizes = sorted({-(-tiles // splits) for splits in range(1, min(most, slots) + 1)}, reverse=True)
     efficiency = {size: _wave_efficiency(blocks * -(-tiles // size), slots) for size in sizes}
     best = max(efficiency.values())
-    return next(size for size in sizes if efficiency[size] >= ENOUGH * best) * tile
+    return next(size for size in sizes if efficiency[size] >= ENOUGH * best)
 
 
 def rounded_up(items: int) -> int:
