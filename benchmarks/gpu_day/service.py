@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,26 @@ _DEMO = [sys.executable, "-c", "from numbaflash_service.cli import main; main()"
 
 def through_the_service(emulated: bool) -> Iterator[Row]:
     """Yield the time of steps through the service, and the demo's tokens a second; the GPU first, then the CPU."""
-    with tempfile.TemporaryDirectory() as directory:
-        # This checkout under the names by which it is installed, so that nothing need be.
-        Path(directory, "numbaflash_service").symlink_to(_ROOT / "service")
-        sys.path.insert(0, directory)
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (directory, str(_ROOT), os.environ.get("PYTHONPATH"))))
+    with _importable():
         for backend in ("emulated",) if emulated else ("cuda", "cpu"):
             yield from _steps(backend, tokens=16 if emulated else 4096, steps=2 if emulated else 200)
         yield from _demo(emulated)
+
+
+@contextmanager
+def _importable() -> Iterator[None]:
+    """Have this checkout under the names by which it is installed, so that nothing need be; in child processes too."""
+    path, environment = list(sys.path), dict(os.environ)
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, "numbaflash_service").symlink_to(_ROOT / "service")
+        sys.path.insert(0, directory)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (directory, str(_ROOT), environment.get("PYTHONPATH"))))
+        try:
+            yield
+        finally:
+            sys.path[:] = path
+            del os.environ["PYTHONPATH"]
+            os.environ.update(environment)
 
 
 def _steps(backend: str, tokens: int, steps: int) -> Iterator[Row]:
