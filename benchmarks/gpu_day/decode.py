@@ -104,7 +104,7 @@ def _made(make: Callable[..., Call], *arguments: Any) -> Call:
     """Return a peer's call; where there is none, one that raises why."""
     try:
         return make(*arguments)
-    except Exception as error:
+    except Exception as error:  # whatever a peer lacks on this machine, its row says so and the others go on
         why = error.with_traceback(None)
 
         def fails(_number: int) -> Any:

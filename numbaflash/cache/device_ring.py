@@ -192,7 +192,7 @@ class DeviceLayer(Layer):
         layers: Sequence[Self],  # noqa: ARG003 - those of codes care for theirs
         k: AnyArray,
         v: AnyArray,
-        queue: Queue,  # noqa: ARG003
+        queue: Queue,  # noqa: ARG003 - likewise
     ) -> tuple[AnyArray, AnyArray]:
         """Return new tokens, (N, T, Hkv, D), as N layers take them; they are to be prepared next.
 
@@ -202,7 +202,12 @@ class DeviceLayer(Layer):
         return k, v
 
     @classmethod
-    def fold_queries(cls, layers: Sequence[Self], q: AnyArray, queue: Queue) -> AnyArray:  # noqa: ARG003
+    def fold_queries(
+        cls,
+        layers: Sequence[Self],  # noqa: ARG003 - those of codes have scales to fold
+        q: AnyArray,
+        queue: Queue,  # noqa: ARG003 - likewise
+    ) -> AnyArray:
         """Return queries, (N, T, Hq, D), as they are to meet the keys of N layers."""
         return q
 

@@ -8,6 +8,7 @@ them the same addresses, and `splits.rounded_up` the same grids.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from collections.abc import Callable, Sequence
 from .device import Launch, Stream
 
 __all__ = ["Replays"]
+
+log = logging.getLogger(__name__)
 
 _MOST = 256
 """Sequences of launches that are remembered: those of the layers of a large model, at a few lengths."""
@@ -63,6 +66,8 @@ class Replays:
     def _captured(self, launches: Sequence[Launch]) -> Graph | None:
         try:
             return self._capture(launches)
-        except Exception:  # whatever a driver has against graphs, kernels can be launched without
+        except Exception as error:  # whatever a driver has against graphs, kernels can be launched without
+            # As text: who keeps the record must not keep the error, whose frames hold the step's memory.
+            log.warning("launches are no longer replayed as CUDA graphs: %s", repr(error))
             self.enabled = False
             return None

@@ -104,8 +104,9 @@ def test_bad_usage_is_status_2_and_names_the_option(arguments: list[str], says: 
 
 
 @pytest.mark.slow  # each layer of each token on the emulator: 10 s
-def test_the_kernels_for_gpus_generate_what_the_cpu_does() -> None:
-    arguments = ["--raw", "--prompt", "One two", "--max-new-tokens", "3", "--json", "--kv-dtype", "float16"]
+@pytest.mark.parametrize("kv_dtype", ["float16", "int4"])
+def test_the_kernels_for_gpus_generate_what_the_cpu_does(kv_dtype: str) -> None:
+    arguments = ["--raw", "--prompt", "One two", "--max-new-tokens", "3", "--json", "--kv-dtype", kv_dtype]
     on_the_cpu, emulated = (json.loads(demo(*arguments, "--backend", name).stdout) for name in ("cpu", "emulated"))
     assert (on_the_cpu["backend"], emulated["backend"]) == ("cpu", "emulated")
     assert emulated["new_ids"] == on_the_cpu["new_ids"]

@@ -146,6 +146,7 @@ def step(session: str, owner: Principal, tokens: int, number: int = 0) -> Step:
     """A step of which the backlog sees nothing but this."""
     form = SimpleNamespace(tokens=tokens, arrays=(), layout=SimpleNamespace(tensors=(1, 2, 3)), alike=(tokens,))
     of: Any = SimpleNamespace(id=session, owner=owner)
+    # The backlog asks the form for nothing else than these four.
     return Step(of, 0, number, "", form, memoryview(b""), None, lambda _: None)  # type: ignore[arg-type]
 
 
