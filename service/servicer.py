@@ -294,22 +294,22 @@ class AttentionServicer:
         try:
             session.cache = await fill()
         except BaseException as error:  # the caller may have gone, too
-            self._leave(session)
+            session.work = None
+            await asyncio.shield(self._leave(session))  # whoever hears of the error finds its bytes given back
             if isinstance(error, MemoryError):
                 raise ExhaustedError("the machine has no memory left", retry_after=1.0) from error
             if isinstance(error, ValueError):
                 raise BadTensorError("shape", str(error)) from error
             raise
-        finally:
-            session.work = None
+        session.work = None
         session.expires = time.monotonic() + ttl
         self.metrics.created += 1
         return session
 
-    def _leave(self, session: Session) -> None:
+    def _leave(self, session: Session) -> asyncio.Task[None]:
         """End a session that nobody got to know of."""
         self._table.end(session, partial(SessionUnknownError, "the session was not made"))
-        self._free(session)
+        return self._free(session)
 
     async def _step(self, wire_request: bytes, call: Call) -> bytes:
         parts = wire.decode_step(pb.StepRequest, wire_request)
