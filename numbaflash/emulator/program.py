@@ -26,8 +26,9 @@ from .ir import (
     Vector,
 )
 from .isa import Code, Names, translate
-from .isa.emit import HANDLERS, Site, storage
+from .isa.emit import HANDLERS, Site
 from .isa.integer import CARRY
+from .isa.kinds import storage
 
 SHARED_WINDOW = 1 << 48
 LOCAL_WINDOW = 1 << 49

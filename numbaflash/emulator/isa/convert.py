@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..ir import SIZES
-from .emit import Emit, numpy_type, op
-from .floating import HALF
+from .emit import Emit, op
+from .kinds import HALF, numpy_type
 
 _INTEGERS = tuple(f"{sign}{bits}" for sign in "us" for bits in (8, 16, 32, 64))
 _SCALARS = ("f16", "bf16", "f32", "f64")

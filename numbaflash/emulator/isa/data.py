@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from ..ir import SIZES, Int, Reg, Symbol, Vector
+from ..ir import SIZES, Reg, Symbol, Vector
 from .emit import Emit, op
-from .floating import HALF
-from .integer import FLOAT, INT
+from .kinds import FLOAT, HALF, INT
 
 _BITS = ("b16", "b32", "b64")
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
@@ -14,7 +13,7 @@ _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 @op("mov")
 def move(e: Emit) -> None:
     """mov: registers, constants, addresses; packs and unpacks vectors."""
-    kind = e.type("pred", *_BITS, *INT, "f32", "f64", "f16", "f16x2", "bf16", "bf16x2")
+    kind = e.type("pred", *_BITS, *INT, *FLOAT)
     e.finish(2)
     target, source = e.operands
     if isinstance(source, Vector):
@@ -125,11 +124,3 @@ def permute(e: Emit) -> None:
     e.finish(4)
     a, b, selector = (e.source(x, "u32") for x in e.operands[1:])
     e.result(e.operands[0], f"permute({a}, {b}, {selector}, {mode!r})", "b32")
-
-
-def literal(e: Emit, position: int) -> int:
-    """An operand that must be an integer literal."""
-    operand = e.operands[position]
-    if not isinstance(operand, Int):
-        e.bad_operand(operand)
-    return operand.value

@@ -16,19 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import EmulatorError, Place
 from ..ir import SIZES, Address, Float, Instruction, Int, Not, Operand, Pair, Reg, Symbol, Vector
-
-STORAGE = {"pred": "b1", "f32": "f4", "f64": "f8"}
-"""NumPy type of a register by its declared type; all others are unsigned integers of their size."""
-
-
-def storage(kind: str) -> str:
-    """The NumPy type in which a register of a PTX type is kept."""
-    return STORAGE.get(kind) or f"u{SIZES[kind]}"
-
-
-def numpy_type(kind: str) -> str:
-    """The NumPy type in which an instruction of a PTX type computes; 16-bit floats are handled as bits."""
-    return f"i{SIZES[kind]}" if kind[0] == "s" else storage(kind)
+from .kinds import FLOAT, numpy_type, storage
 
 
 @dataclass(frozen=True)
@@ -135,14 +123,23 @@ class Names:
 
 Handler = Callable[["Emit"], None]
 HANDLERS: dict[str, Handler] = {}
+FLOAT_HANDLERS: dict[str, Handler] = {}
+"""Of the opcodes that are another instruction where their type is a floating-point one."""
 
 
 def op(*names: str) -> Callable[[Handler], Handler]:
     """Registers the handler of opcodes."""
+    return _register(HANDLERS, names)
 
+
+def float_op(*names: str) -> Callable[[Handler], Handler]:
+    """Registers the handler of opcodes that are integer instructions as well, for floating-point types."""
+    return _register(FLOAT_HANDLERS, names)
+
+
+def _register(table: dict[str, Handler], names: tuple[str, ...]) -> Callable[[Handler], Handler]:
     def register(handler: Handler) -> Handler:
-        for name in names:
-            HANDLERS[name] = handler
+        table.update(dict.fromkeys(names, handler))
         return handler
 
     return register
@@ -321,6 +318,13 @@ class Emit:
         items = operand.items if isinstance(operand, Vector) else (operand,)
         return [self.source(item, kind) for item in items]
 
+    def literal(self, position: int) -> int:
+        """An operand that must be an integer literal."""
+        operand = self.operands[position]
+        if not isinstance(operand, Int):
+            self.bad_operand(operand)
+        return operand.value
+
     # ---- results
 
     def result(self, operand: Operand, expression: str, kind: str, extend: bool = False) -> None:
@@ -427,6 +431,8 @@ def translate(instruction: Instruction, names: Names) -> Code:
     """
     emit = Emit(instruction, names)
     handler = HANDLERS.get(emit.op)
+    if emit.mods and emit.mods[-1] in FLOAT:
+        handler = FLOAT_HANDLERS.get(emit.op, handler)
     if handler is None:
         raise EmulatorError(
             f"instruction {instruction.opcode} is not implemented",

@@ -6,13 +6,14 @@ The approximate instructions are computed as well as NumPy can: they differ from
 from __future__ import annotations
 
 from ..ir import SIZES
-from .emit import Emit, op
-from .integer import FLOAT
+from .emit import Emit, float_op, op
+from .kinds import FLOAT, HALF
 
-HALF = ("f16", "f16x2", "bf16", "bf16x2")
 _ROUNDINGS = ("rn", "rz", "rm", "rp")
 
 
+@op("fma")
+@float_op("add", "sub", "mul", "mad")
 def arithmetic(e: Emit) -> None:
     """add, sub, mul, fma, mad."""
     name = "fma" if e.op == "mad" else e.op
@@ -39,12 +40,7 @@ def arithmetic(e: Emit) -> None:
     e.result(e.operands[0], value, kind)
 
 
-@op("fma")
-def fused(e: Emit) -> None:
-    """Fused multiply-add."""
-    arithmetic(e)
-
-
+@float_op("div", "rem")
 def division(e: Emit) -> None:
     """div: .approx, .full, or rounded."""
     if e.op == "rem":
@@ -64,6 +60,7 @@ def division(e: Emit) -> None:
     e.result(e.operands[0], f"flush({value})" if ftz else value, kind)
 
 
+@float_op("abs", "neg")
 def sign_operation(e: Emit) -> None:
     """abs, neg."""
     kind = e.type(*FLOAT)
@@ -77,6 +74,7 @@ def sign_operation(e: Emit) -> None:
     e.result(e.operands[0], f"flush({value})" if ftz else value, kind)
 
 
+@float_op("min", "max")
 def float_extreme(e: Emit) -> None:
     """min, max: .NaN, .xorsign.abs."""
     kind = e.type(*FLOAT)

@@ -4,33 +4,17 @@ from __future__ import annotations
 
 from ..ir import SIZES
 from .emit import Emit, op
+from .kinds import INT, bits
 
-INT = ("u16", "u32", "u64", "s16", "s32", "s64")
 _WIDE = ("u32", "s32", "u64", "s64")
 """What carries run through."""
-FLOAT = ("f16", "f16x2", "bf16", "bf16x2", "f32", "f64")
 CARRY = "%carry"
 """The condition code register CC.CF, kept like any other register."""
-
-
-def bits(kind: str) -> str:
-    """The unsigned type of the same width: wrap-around arithmetic is the same there."""
-    return f"u{SIZES[kind] * 8}"
-
-
-def is_float(e: Emit) -> bool:
-    """Whether the opcode's type is a floating-point one."""
-    return bool(e.mods) and e.mods[-1] in FLOAT
 
 
 @op("add", "sub")
 def add(e: Emit) -> None:
     """add, sub: wrap, .sat (s32) or .cc."""
-    if is_float(e):
-        from .floating import arithmetic
-
-        arithmetic(e)
-        return
     kind = e.type(*INT)
     sign = "+" if e.op == "add" else "-"
     if kind in _WIDE and e.flag("cc"):
@@ -79,11 +63,6 @@ def _carried(e: Emit, call: str, kind: str, carry_out: bool) -> None:
 @op("mul", "mad")
 def multiply(e: Emit) -> None:
     """mul, mad: .lo, .hi, .wide."""
-    if is_float(e):
-        from .floating import arithmetic
-
-        arithmetic(e)
-        return
     kind = e.type(*INT)
     part = e.one_of("lo", "hi", *(("wide",) if SIZES[kind] < 8 else ()))
     carry_out = e.op == "mad" and part != "wide" and kind in _WIDE and e.flag("cc")
@@ -157,11 +136,6 @@ def sum_of_difference(e: Emit) -> None:
 @op("div", "rem")
 def divide(e: Emit) -> None:
     """div, rem: truncated towards zero."""
-    if is_float(e):
-        from .floating import division
-
-        division(e)
-        return
     kind = e.type(*INT)
     e.finish(3)
     a, b = (e.source(x, kind) for x in e.operands[1:])
@@ -171,11 +145,6 @@ def divide(e: Emit) -> None:
 @op("abs", "neg")
 def absolute(e: Emit) -> None:
     """abs, neg."""
-    if is_float(e):
-        from .floating import sign_operation
-
-        sign_operation(e)
-        return
     kind = e.type("s16", "s32", "s64")
     e.finish(2)
     a = e.source(e.operands[1], kind)
@@ -185,11 +154,6 @@ def absolute(e: Emit) -> None:
 @op("min", "max")
 def extreme(e: Emit) -> None:
     """min, max."""
-    if is_float(e):
-        from .floating import float_extreme
-
-        float_extreme(e)
-        return
     kind = e.type(*INT)
     relu = e.op == "max" and kind == "s32" and e.flag("relu")
     e.finish(3)
@@ -303,7 +267,7 @@ def three_way_logic(e: Emit) -> None:
     combine = e.one_of("and", "or", default="none")
     e.finish(5 if combine == "none" else 6)
     a, b, c = (e.source(x, "b32") for x in e.operands[1:4])
-    table = _literal(e, 4)
+    table = e.literal(4)
     value = f"lop3({a}, {b}, {c}, {table})"
     first, second = e.pair(e.operands[0])
     if combine == "none":
@@ -314,15 +278,6 @@ def three_way_logic(e: Emit) -> None:
     e.result(first, name, "b32")
     q = e.source(e.operands[5], "pred")
     e.result(second, f"({name} != 0) {'&' if combine == 'and' else '|'} {q}", "pred")
-
-
-def _literal(e: Emit, position: int) -> int:
-    from ..ir import Int
-
-    operand = e.operands[position]
-    if not isinstance(operand, Int):
-        e.bad_operand(operand)
-    return operand.value
 
 
 @op("shl", "shr")

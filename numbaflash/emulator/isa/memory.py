@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..ir import SIZES, Address, Int, Reg, Symbol, Vector
-from .data import literal
-from .emit import Emit, device_wide, op, storage
+from .emit import Emit, device_wide, op
+from .kinds import storage
 
 _TYPES = (
     *("b8", "b16", "b32", "b64", "u8", "u16", "u32", "u64", "s8", "s16", "s32", "s64"),
@@ -180,14 +180,14 @@ def asynchronous_copy(e: Emit) -> None:
     if e.flag("wait_group"):
         e.finish(1)
         e.effect("lsu")
-        e.line(f"m.wait_copies(g, {literal(e, 0)})")
+        e.line(f"m.wait_copies(g, {e.literal(0)})")
         return
     cached = e.one_of("ca", "cg")
     e.one_of("shared", "shared::cta")
     e.one_of("global")
     e.one_of(*_PREFETCH, default="")
     e.finish((3, 4))
-    size = literal(e, 2)
+    size = e.literal(2)
     if size not in ((4, 8, 16) if cached == "ca" else (16,)):
         e.unsupported(f"cp-size {size}")
     used = "None"
