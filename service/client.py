@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, Final
-
-from numpy.typing import NDArray
+from typing import Final
 
 from numbaflash.cache.quantizers import AWQQuantizer, Quantizer
 
 from . import wire
-from .calls import Calls, RetryPolicy
+from .calls import RetryPolicy
 from .client_session import Replay, Session
-from .credentials import TLS, largest_message, metadata, open_channel
-from .errors import ServiceError
+from .connection import Connection
+from .credentials import TLS, largest_message
 from .info import ServerInfo, SessionInfo
 from .v1 import attention_pb2 as pb
 
 __all__ = ["TLS", "Client", "RetryPolicy", "Session"]
 
-_SERVICE: Final = pb.DESCRIPTOR.services_by_name["Attention"].full_name
 # Of a StepRequest without its payload: ids, options and five descriptors come to some 400 bytes.
 _MAX_HEAD_BYTES: Final = 2048
-_CLOSE_SECONDS: Final = 2.0
 
 
-class Client:
+class Client(Connection):
     """A connection to a server; may be shared by threads.
 
     Args:
@@ -45,40 +39,6 @@ class Client:
             session = client.create_session(num_layers=2, num_kv_heads=2, head_dim=64, capacity=4096)
             out = session.prefill(0, q, k, v)
     """
-
-    def __init__(
-        self,
-        target: str,
-        *,
-        tls: TLS | None = None,
-        token: str | None = None,
-        timeout: float = 60.0,
-        retry: RetryPolicy | None = None,
-    ) -> None:
-        self.timeout = timeout
-        self.retry = retry or RetryPolicy()
-        shown = metadata(target, tls, token)
-        self._calls = Calls(open_channel(target, tls), _SERVICE, shown)
-        self._sessions: set[Session] = set()
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the sessions that were made here, as far as the server can be reached, and the connection."""
-        sessions = list(self._sessions)
-        try:
-            for session in sessions:
-                session.close(timeout=_CLOSE_SECONDS)
-        except ServiceError:  # nobody there: do not wait for that again, the server ends sessions by itself
-            for session in sessions:
-                session._let_go()
-        self._calls.close()
 
     def info(self) -> ServerInfo:
         """Ask the server what it is, what it accepts and what it has left.
@@ -191,9 +151,3 @@ class Client:
         answer = wire.decode(pb.RestoreResponse, self._call("Restore", request))
         max_payload = largest_message(limits.max_message_bytes) - _MAX_HEAD_BYTES
         return Session(self, answer.session_id, answer.state, stream=stream, max_payload=max_payload)
-
-    def _call(
-        self, name: str, request: Any, timeout: float | None = None, tensors: Mapping[str, NDArray[Any]] | None = None
-    ) -> bytes:
-        message = wire.encode_step(request, tensors or {})
-        return self.retry.run(lambda seconds: self._calls(name, message, seconds), timeout or self.timeout)

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import grpc
 import numpy as np
@@ -19,11 +19,9 @@ from numbaflash.arrays import as_numpy, like
 from numbaflash.problem import check_dtype
 
 from . import wire
+from .connection import Connection
 from .errors import ServiceError, SessionLostError, from_status
 from .v1 import attention_pb2 as pb
-
-if TYPE_CHECKING:
-    from .client import Client
 
 T = TypeVar("T")
 # Makes a session on the server: its id, and what it holds.
@@ -55,7 +53,7 @@ class Session:
 
     def __init__(
         self,
-        client: Client,
+        client: Connection,
         session_id: str,
         state: pb.SessionState,
         *,
