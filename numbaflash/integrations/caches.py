@@ -73,6 +73,7 @@ class StepCache(Cache, abc.ABC):
         self._dtype = dtype
         self._rings: list[Any] = []
         self._seen: dict[int, int] = {}  # tokens of each layer, padding included
+        self._undo: list[tuple[Any, int]] = []  # rings that a failed step has left, and the lengths it found them at
 
     @abc.abstractmethod
     def _make(self, shape: _Shape, batch: int) -> list[Any]:
@@ -101,6 +102,10 @@ class StepCache(Cache, abc.ABC):
     ) -> torch.Tensor:
         """Append a step's keys and values and attend with its queries.
 
+        Where it fails for one sequence, none has taken it: the cache is again what it was before the first layer of
+        this call of the model, so the model can be called again. The rings are taken back before they are next used,
+        for a service that has just failed a step may fail that as well.
+
         Args:
             ticket: From `update`.
             query: (batch, q heads, tokens, head_dim).
@@ -111,7 +116,13 @@ class StepCache(Cache, abc.ABC):
 
         Returns:
             (batch, tokens, q heads, head_dim); zeros for padding.
+
+        Raises:
+            ValueError: The step does not fit the cache; or an earlier one failed, and more than `rollback` tokens of it
+                would have to be taken back: `reset` is all that is left then.
+            Exception: As `RingKVCache.step` or `Session.step`.
         """
+        self._settle()
         q, k, v = (tensor.detach().transpose(1, 2) for tensor in (query, ticket.new_keys, ticket.new_values))
         capacity = self._rings_capacity(config)
         if window is not None and window < capacity:
@@ -120,16 +131,34 @@ class StepCache(Cache, abc.ABC):
             self._rings = self._make(self._shape(k, config), len(k))
         if len(self._rings) != len(k):
             raise ValueError(f"the cache holds {len(self._rings)} sequences, got a batch of {len(k)}")
-        if valid is None:
-            out = self._step_all(ticket.layer, q, k, v, options)
-        else:
-            out = torch.zeros_like(q)
-            for b, ring in enumerate(self._rings):
-                if valid[b].any():
-                    taken = valid[b]
-                    out[b, taken] = ring.step(ticket.layer, q[b, taken], k[b, taken], v[b, taken], **options)
-        self._seen[ticket.layer] = self._seen.get(ticket.layer, 0) + k.shape[1]
+        layer, seen = ticket.layer, self.get_seq_length(ticket.layer)
+        undo = [(ring, ring.length(layer)) for ring in self._rings]
+        try:
+            if valid is None:
+                out = self._step_all(layer, q, k, v, options)
+            else:
+                out = torch.zeros_like(q)
+                for b, ring in enumerate(self._rings):
+                    if valid[b].any():
+                        taken = valid[b]
+                        out[b, taken] = ring.step(layer, q[b, taken], k[b, taken], v[b, taken], **options)
+        except BaseException:
+            self._undo = undo
+            self._seen = {before: min(tokens, seen) for before, tokens in self._seen.items()}
+            raise
+        self._seen[layer] = seen + k.shape[1]
         return out
+
+    def _settle(self) -> None:
+        """Take the rings back to where a step that failed found them; should that fail, the next call does it."""
+        if self._undo and not any(length for _, length in self._undo):
+            self.reset()  # a first prompt may be longer than what can be truncated
+        try:
+            for ring, length in self._undo:
+                ring.truncate(length)
+        except ValueError as error:
+            raise ValueError(f"a step failed and cannot be taken back: reset() the cache ({error})") from error
+        self._undo = []
 
     def _step_all(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
@@ -163,6 +192,7 @@ class StepCache(Cache, abc.ABC):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}")
+        self._settle()
         for ring in self._rings:
             ring.truncate(ring.length(0) + tokens_to_remove)
         self._seen = {layer: seen + tokens_to_remove for layer, seen in self._seen.items()}
@@ -173,10 +203,12 @@ class StepCache(Cache, abc.ABC):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence."""
+        self._settle()
         self._rings = self._select([index for index in range(len(self._rings)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences at `indices`, in that order."""
+        self._settle()
         self._rings = self._select(indices.tolist())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -197,7 +229,7 @@ class StepCache(Cache, abc.ABC):
 
     def reset(self) -> None:
         """Forget all sequences."""
-        self._rings = []
+        self._rings, self._undo = [], []
         self._seen = {}
 
     @property
@@ -309,7 +341,7 @@ class ServiceCache(StepCache):
         """End the sessions; a client that is closed does so, too."""
         for session in self._rings:
             session.close()
-        self._rings = []
+        self._rings, self._undo = [], []
 
     def _select(self, indices: list[int]) -> list[Any]:
         # First what is given up, then what is forked: the server reserves memory for each session in full.

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import grpc
 import pytest
 import torch
 import transformers
 
 from numbaflash.integrations.transformers import RingCache, ServiceCache, register
-from numbaflash_service import Client
+from numbaflash_service import Client, ServiceError, Session
 from numbaflash_service.config import load
 from numbaflash_service.server import Server
 
@@ -128,3 +130,93 @@ def test_a_session_that_cannot_be_made_leaves_none_behind(llama: Any, target: st
         with pytest.raises(RuntimeError, match="one is enough"):
             llama(**left_padded(), cache=ServiceCache(client))
         assert client.list_sessions() == []
+
+
+def three_sequences(padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = torch.ones(3, 40, dtype=torch.long)
+    if padded:
+        mask[1, :6] = mask[2, :9] = 0
+    return torch.randint(2, 128, (3, 40), generator=torch.Generator().manual_seed(2)) * mask, mask
+
+
+@torch.no_grad()
+def go_on(llama: Any, cache: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The logits of the tokens that the cache has not seen."""
+    seen = cache.get_seq_length()
+    logits: torch.Tensor = llama(
+        ids[:, seen:], attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(0)[:, seen:], cache=cache
+    ).logits
+    return logits
+
+
+@contextmanager
+def one_fails(name: str, call: int, taken: bool) -> Iterator[None]:
+    """One call of a method of sessions fails, by its number; the server has taken it, or not."""
+    method, calls = getattr(Session, name), []
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        calls.append(name)
+        if taken or len(calls) != call:
+            answer = method(*arguments, **options)
+        if len(calls) == call:
+            raise ServiceError("lost on the way", code=grpc.StatusCode.UNAVAILABLE)
+        return answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, name, failing)
+        with pytest.raises(ServiceError, match="lost on the way"):
+            yield
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "left-padded"])
+@pytest.mark.parametrize("taken", [False, True], ids=["not taken", "answer lost"])
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("held", [0, 39], ids=["prompt", "token"])
+def test_a_step_that_fails_for_the_second_of_three_sequences_is_taken_by_none(
+    llama: Any, target: str, held: int, layer: int, taken: bool, padded: bool
+) -> None:
+    ids, mask = three_sequences(padded)
+    with Client(target) as client:
+        cache, plain = (ServiceCache(client, capacity=32, sink_tokens=2, rollback=1) for _ in range(2))
+        if held:
+            for each in (cache, plain):
+                go_on(llama, each, ids[:, :held], mask[:, :held])
+        with one_fails("step", 3 * layer + 2, taken):
+            go_on(llama, cache, ids, mask)
+        assert [cache.get_seq_length(layer) for layer in range(2)] == [held, held]
+        assert torch.equal(*(go_on(llama, each, ids, mask) for each in (cache, plain)))
+        lengths = mask.sum(1).tolist()
+        assert [(info.min_length, info.max_length) for info in client.list_sessions()] == [(n, n) for n in lengths] * 2
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["not taken", "answer lost"])
+def test_a_failed_step_is_taken_back_when_the_service_is_there_again(llama: Any, target: str, taken: bool) -> None:
+    ids, mask = three_sequences(padded=True)
+    with Client(target) as client:
+        cache, plain = ServiceCache(client), ServiceCache(client)
+        for each in (cache, plain):
+            go_on(llama, each, ids[:, :30], mask[:, :30])
+        with one_fails("step", 2, taken):
+            go_on(llama, cache, ids, mask)
+        with one_fails("truncate", 2, taken):
+            go_on(llama, cache, ids, mask)
+        with one_fails("step", 5, taken):
+            go_on(llama, cache, ids, mask)
+        for each in (cache, plain):
+            each.crop(-2)
+        assert torch.equal(*(go_on(llama, each, ids, mask) for each in (cache, plain)))
+
+
+def test_a_failed_step_that_cannot_be_taken_back_asks_for_a_reset(llama: Any, target: str) -> None:
+    ids, mask = three_sequences(padded=False)
+    with Client(target) as client:
+        cache = ServiceCache(client, capacity=16, rollback=4)
+        go_on(llama, cache, ids[:, :20], mask[:, :20])
+        with one_fails("step", 2, taken=False):
+            go_on(llama, cache, ids, mask)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"a step failed .* reset\(\) the cache .*would have holes"):
+                go_on(llama, cache, ids, mask)
+        cache.reset()
+        again, plain = (go_on(llama, each, ids, mask) for each in (cache, RingCache(16, rollback=4)))
+        assert torch.equal(again, plain)

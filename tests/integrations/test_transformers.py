@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import numbaflash
+from numbaflash.integrations import caches
 from numbaflash.integrations.transformers import RingCache, register
 
 register()
@@ -250,6 +251,27 @@ def test_a_draft_that_is_rejected_is_taken_back() -> None:
         out = llama(ids[:, :3], cache=cache).logits
         expected = windowed(llama, 20)(torch.cat((ids, ids[:, :3]), dim=1)).logits[:, -3:]
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_token_that_fails_at_a_later_layer_was_taken_by_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama, _ = models(CONFIGS["llama"]())
+    ids = prompts(31)
+    step = caches.attention_batch
+
+    def failing(rings: Any, layer: int, *tensors: Any, **options: Any) -> Any:
+        if layer == 1:
+            raise MemoryError
+        return step(rings, layer, *tensors, **options)
+
+    with torch.no_grad():
+        cache, plain = RingCache(20), RingCache(20)
+        for each in (cache, plain):
+            llama(ids[:, :30], cache=each)
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(caches, "attention_batch", failing)
+            llama(ids[:, 30:], cache=cache)
+        assert [cache.get_seq_length(layer) for layer in range(2)] == [30, 30]
+        assert torch.equal(*(llama(ids[:, 30:], cache=each).logits for each in (cache, plain)))
 
 
 def test_a_ring_is_of_no_use_to_eager_attention_and_says_so() -> None:
