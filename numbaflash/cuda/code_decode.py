@@ -36,7 +36,7 @@ from .codes import (
 from .decode_score import score_row
 from .decode_variant import DECODE_PARAMETERS, DecodeVariant
 from .lane_groups import merge_lane_groups, sum_lanes
-from .paged_keys import ITEM, RECORD, Rows, key_address, list_keys
+from .paged_keys import ITEM_AT, ITEM_BYTES, RECORD_AT, RECORD_BYTES, Rows, key_address, list_keys
 from .row_elements import IN_ORDER, PIECE, itemsize, load_elements
 from .softmax import NOTHING_SEEN
 
@@ -121,7 +121,6 @@ class CodeDecode:
         list_block, address_of = list_keys(), key_address(D * FLOAT_BYTES)
         sum_group, merge_groups = sum_lanes(LANES), merge_lane_groups(LANES, R, E)
         write_rows = result.write(self.threads, variant.step_dtype, sinks=SINKS)
-        RECORD_BYTES, ITEM_BYTES = RECORD.itemsize, ITEM.itemsize
 
         def weigh(tokens: int) -> Any:
             """Return what makes weights of the scores of so many tokens, and rescales all sums to new maxima."""
@@ -153,12 +152,13 @@ class CodeDecode:
             thread = ptx.thread_x()
             warp, lane_group, own = thread >> 5, (thread & 31) // LANES, thread & (LANES - 1)
             item, kv_head = items + ITEM_BYTES * int64(ptx.block_x()), ptx.block_y()
-            record = records + RECORD_BYTES * int64(ptx.load_global_b32(item))
-            first_row, all_rows = ptx.block_z() * R, ptx.load_global_b32(record + 64) * group
+            record = records + RECORD_BYTES * int64(ptx.load_global_b32(item + ITEM_AT.sequence))
+            first_row, all_rows = ptx.block_z() * R, ptx.load_global_b32(record + RECORD_AT.queries) * group
             if first_row >= all_rows:
                 return  # another record has more queries
             last_row = min(first_row + R, all_rows) - 1
-            entry, first_query = int64(ptx.load_global_b32(record + 56)), int64(ptx.load_global_b32(record + 60))
+            entry = int64(ptx.load_global_b32(record + RECORD_AT.entry))
+            first_query = int64(ptx.load_global_b32(record + RECORD_AT.first_query))
             keys = list_block(record, Rows(int32(first_row // group), int32(last_row // group)))
             exists = EVEN or own < HOLDERS
             element = first_of(own)
@@ -202,10 +202,12 @@ class CodeDecode:
                         Q[r * E + i] = shared[QUERIES + r * D + i * HOLDERS + own]
                     aside[r] += Q[r * E + i]
 
-            first, end = ptx.load_global_b32(item + 4), ptx.load_global_b32(item + 8)
-            first_page, own_page = ptx.load_global_b32(record + 80), ptx.load_global_b32(record + 84)
+            first, end = ptx.load_global_b32(item + ITEM_AT.first), ptx.load_global_b32(item + ITEM_AT.end)
+            first_page = ptx.load_global_b32(record + RECORD_AT.first_page)
+            own_page = ptx.load_global_b32(record + RECORD_AT.own_page)
             coded = (own_page - first_page) * PAGE
-            table, slots = ptx.load_global_b64(record + 72), ptx.load_global_b32(record + 68)
+            table = ptx.load_global_b64(record + RECORD_AT.code_table)
+            slots = ptx.load_global_b32(record + RECORD_AT.code_slots)
             page, last_page = first_page + first // PAGE + warp, first_page + min(end, coded) // PAGE
             while page < last_page:
                 address = ptx.load_global_b64(table + 8 * int64(page % slots))
@@ -318,9 +320,8 @@ class CodeDecode:
                         shared[SUMS + 2 * (warp * R + r)] = m[r]
                         shared[SUMS + 2 * (warp * R + r) + 1] = l[r]
             cuda.syncthreads()
-            place = BlockPlace(
-                entry, int64(ptx.load_global_b32(item + 12)), kv_head, group, first_row, last_row, tokens, q_heads
-            )  # fmt: skip
+            partial = int64(ptx.load_global_b32(item + ITEM_AT.partial))
+            place = BlockPlace(entry, partial, kv_head, group, first_row, last_row, tokens, q_heads)
             own_out = out + first_query * out_token
             write_rows(shared, place, own_out, out_batch, out_token, out_head, partials, partial_sums, sinks)
 

@@ -24,6 +24,7 @@ from .codes import (
     load_token_factors,
     place_of_piece,
 )
+from .paged_keys import RECORD_AT
 from .ptx import B32, constant, device_intrinsic
 from .row_elements import IN_ORDER, PIECE
 from .tile import Registers, SharedTile, at_chunk
@@ -115,8 +116,9 @@ class CodeTiles:
 
         @cuda.jit(device=True, inline="always")  # a call would make Numba ask for a GPU
         def load(record, number, kv_head, kv_heads, words):
-            page = ptx.load_global_b32(record + 80) + number // PAGE
-            table, slots = ptx.load_global_b64(record + 72), ptx.load_global_b32(record + 68)
+            page = ptx.load_global_b32(record + RECORD_AT.first_page) + number // PAGE
+            table = ptx.load_global_b64(record + RECORD_AT.code_table)
+            slots = ptx.load_global_b32(record + RECORD_AT.code_slots)
             codes = ptx.load_global_b64(table + 8 * int64(page % slots))
             if VALUES:
                 codes += kv_heads * int64(KEY_BYTES) + kv_head * int64(VALUE_BYTES)

@@ -16,7 +16,7 @@ from numba import cuda, float32, int32, int64
 from numba.cuda import types
 
 from . import ptx
-from .paged_keys import RECORD
+from .paged_keys import RECORD_AT, RECORD_BYTES
 from .row_elements import IN_ORDER, PIECE, halved, itemsize, load_elements, store_elements
 from .softmax import LOG2_E, NOTHING_SEEN
 from .tile import CHUNK
@@ -74,9 +74,7 @@ class FinishStep:
 
     def kernel(self) -> Callable[..., None]:
         """Return the kernel, for Numba to compile with `signature`."""
-        D, SINKS, OWNS, THREADS, RECORD_BYTES = (
-            self.head_dim, self.has_sinks, self.has_owns, self.threads, RECORD.itemsize
-        )  # fmt: skip
+        D, SINKS, OWNS, THREADS = self.head_dim, self.has_sinks, self.has_owns, self.threads
         PIECES, LOG2 = self.head_dim // PIECE, float32(LOG2_E)
         OUT_BYTES, TOKEN_BYTES, PAGE_BYTES = (
             itemsize(dtype) for dtype in (self.step_dtype, self.token_dtype, self.dtype)
@@ -132,21 +130,23 @@ class FinishStep:
                 at = row - index * rows_each
                 token = at // q_heads
                 record = records + RECORD_BYTES * index
-                splits = ptx.load_global_b32(record + 40)
-                number_of_own = int64(ptx.load_global_b32(record + 52)) if OWNS else int64(-1)
-                if (splits > 1 or number_of_own >= 0) and token < ptx.load_global_b32(record + 64):
+                splits = ptx.load_global_b32(record + RECORD_AT.splits)
+                number_of_own = int64(ptx.load_global_b32(record + RECORD_AT.own)) if OWNS else int64(-1)
+                if (splits > 1 or number_of_own >= 0) and token < ptx.load_global_b32(record + RECORD_AT.queries):
                     head = at - token * q_heads
                     sink = ptx.load_global_f32(sinks + 4 * head) * LOG2 if SINKS else NOTHING
                     own, own_sum = int64(0), int64(0)
                     if number_of_own >= 0:
                         own = owns + (number_of_own * rows_each + at) * D * 4
                         own_sum = own_sums + 4 * ((number_of_own * q_heads + head) * queries + token)
+                    first_partial = ptx.load_global_b32(record + RECORD_AT.first_partial)
                     merge(
-                        ptx.load_global_b32(record + 36), splits, at, column, partials, partial_sums, sink,
-                        own, own_sum, rows_each, O, part,
+                        first_partial, splits, at, column, partials, partial_sums, sink, own, own_sum, rows_each, O,
+                        part,
                     )  # fmt: skip
-                    token += ptx.load_global_b32(record + 60)
-                    place = out + ptx.load_global_b32(record + 56) * out_batch + token * out_token + head * out_head
+                    token += ptx.load_global_b32(record + RECORD_AT.first_query)
+                    entry = ptx.load_global_b32(record + RECORD_AT.entry)
+                    place = out + entry * out_batch + token * out_token + head * out_head
                     store_out(place + column * OUT_BYTES, O)
             elif number - merged < appended:
                 row = (number - merged) // PIECES
@@ -158,19 +158,20 @@ class FinishStep:
                 token = row % tokens
                 sequence = row // tokens
                 record = records + RECORD_BYTES * sequence
-                page_shift = ptx.load_global_b32(record + 44)
-                sink_tokens, position = ptx.load_global_b32(record + 20), ptx.load_global_b32(record + 12) + token
-                if position < sink_tokens or position >= ptx.load_global_b32(record + 32):
+                page_shift = ptx.load_global_b32(record + RECORD_AT.page_shift)
+                sink_tokens = ptx.load_global_b32(record + RECORD_AT.sink_tokens)
+                position = ptx.load_global_b32(record + RECORD_AT.length) + token
+                if position < sink_tokens or position >= ptx.load_global_b32(record + RECORD_AT.kept_from):
                     slot, behind = position >> page_shift, position
                     if position >= sink_tokens:
                         behind = position - sink_tokens
-                        ring_slots = ptx.load_global_b32(record + 28)
-                        slot = ptx.load_global_b32(record + 24) + (behind >> page_shift) % ring_slots
+                        ring_slots = ptx.load_global_b32(record + RECORD_AT.ring_slots)
+                        slot = ptx.load_global_b32(record + RECORD_AT.sink_slots) + (behind >> page_shift) % ring_slots
                     source = k + sequence * k_batch + token * k_token + head * k_head
                     if half:
                         source = v + sequence * v_batch + token * v_token + head * v_head
                     load_token(source + column * TOKEN_BYTES, O)
-                    page = ptx.load_global_b64(ptx.load_global_b64(record) + 8 * slot)
+                    page = ptx.load_global_b64(ptx.load_global_b64(record + RECORD_AT.table) + 8 * slot)
                     row_in_page = ((half * kv_heads + head) << page_shift) + (behind & ((1 << page_shift) - 1))
                     store_page(page + row_in_page * ROW_BYTES + column * PAGE_BYTES, O)
 

@@ -12,6 +12,7 @@ these, and the window does not reach beyond the queries' own page.
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,18 @@ from numba import cuda, int32, int64
 
 from . import ptx
 
-__all__ = ["ITEM", "RECORD", "Listing", "Rows", "key_address", "list_keys"]
+__all__ = [
+    "ITEM",
+    "ITEM_AT",
+    "ITEM_BYTES",
+    "RECORD",
+    "RECORD_AT",
+    "RECORD_BYTES",
+    "Listing",
+    "Rows",
+    "key_address",
+    "list_keys",
+]
 
 RECORD = np.dtype(
     [
@@ -52,6 +64,17 @@ ITEM = np.dtype([("sequence", np.int32), ("first", np.int32), ("end", np.int32),
 item without keys, which only fills a grid, has a `partial` that nobody reads."""
 
 
+def _offsets(structure: np.dtype[Any]) -> Any:
+    """Return where each element begins, in bytes, by its name: constants in a kernel."""
+    assert structure.fields
+    offsets = {name: field[1] for name, field in structure.fields.items()}
+    return namedtuple("Offsets", offsets)(**offsets)
+
+
+RECORD_AT, RECORD_BYTES = _offsets(RECORD), RECORD.itemsize
+ITEM_AT, ITEM_BYTES = _offsets(ITEM), ITEM.itemsize
+
+
 class Rows(NamedTuple):
     """Query rows of a block: all of one KV head, those of a token side by side."""
 
@@ -82,17 +105,19 @@ def list_keys() -> Any:
 
     @cuda.jit(device=True, inline="always")  # a call would make Numba ask for a GPU
     def listing(record, rows):
-        page_shift = ptx.load_global_b32(record + 44)
-        start, length = ptx.load_global_b32(record + 8), ptx.load_global_b32(record + 12)
-        window, sink_tokens = ptx.load_global_b32(record + 16), ptx.load_global_b32(record + 20)
-        sink_slots, ring_slots = ptx.load_global_b32(record + 24), ptx.load_global_b32(record + 28)
-        end = min(int32(start + rows.last_token + 1), ptx.load_global_b32(record + 48))
+        page_shift = ptx.load_global_b32(record + RECORD_AT.page_shift)
+        start, length = ptx.load_global_b32(record + RECORD_AT.start), ptx.load_global_b32(record + RECORD_AT.length)
+        window = ptx.load_global_b32(record + RECORD_AT.window)
+        sink_tokens = ptx.load_global_b32(record + RECORD_AT.sink_tokens)
+        sink_slots = ptx.load_global_b32(record + RECORD_AT.sink_slots)
+        ring_slots = ptx.load_global_b32(record + RECORD_AT.ring_slots)
+        end = min(int32(start + rows.last_token + 1), ptx.load_global_b32(record + RECORD_AT.end))
         sinks = min(sink_tokens, end)
-        own_page = ptx.load_global_b32(record + 84)  # 0 where pages hold floats
+        own_page = ptx.load_global_b32(record + RECORD_AT.own_page)  # 0 where pages hold floats
         first = max(int32(sink_tokens + (own_page << page_shift)), int32(start + rows.first_token - window + 1))
         first_page = int32((first - sink_tokens) >> page_shift)
         return Listing(
-            ptx.load_global_b64(record), start, length, window, sink_tokens, sink_slots, ring_slots,
+            ptx.load_global_b64(record + RECORD_AT.table), start, length, window, sink_tokens, sink_slots, ring_slots,
             sinks, first, first_page, first_page % ring_slots, int32(sinks + max(end - first, int32(0))), page_shift,
         )  # fmt: skip
 

@@ -27,7 +27,7 @@ from . import fragments, products, ptx, softmax
 from .block_result import BlockPlace, BlockResult
 from .code_tiles import CodeTiles, store_piece
 from .decode_variant import DECODE_PARAMETERS, DecodeVariant
-from .paged_keys import ITEM, RECORD, Rows, key_address, list_keys
+from .paged_keys import ITEM_AT, ITEM_BYTES, RECORD_AT, RECORD_BYTES, Rows, key_address, list_keys
 from .products import WarpTile
 from .row_elements import IN_ORDER, PIECE, load_elements
 from .softmax import LOG2_E, NOTHING_SEEN
@@ -146,7 +146,7 @@ class TensorDecode:
         PITCH, SUMS = result.pitch, result.sums
         write_rows = result.write(self.threads, variant.step_dtype, sinks=SINKS)
         LOG2, NOTHING, HIDDEN = float32(LOG2_E), float32(NOTHING_SEEN), float32(float("-inf"))
-        RECORD_BYTES, ITEM_BYTES, ROW_BYTES = RECORD.itemsize, ITEM.itemsize, D * 2
+        ROW_BYTES = D * 2
 
         @cuda.jit(device=True, inline="always")  # a call would make Numba ask for a GPU
         def copy_chunks(to, source, exists, lane_chunk):
@@ -202,19 +202,21 @@ class TensorDecode:
             thread = ptx.thread_x()
             lane, row_warp, key_warp = thread & 31, (thread >> 5) // KEY_WARPS, (thread >> 5) % KEY_WARPS
             item, kv_head = items + ITEM_BYTES * int64(ptx.block_x()), ptx.block_y()
-            record = records + RECORD_BYTES * int64(ptx.load_global_b32(item))
-            first_row, all_rows = ptx.block_z() * ROWS, ptx.load_global_b32(record + 64) * group
+            record = records + RECORD_BYTES * int64(ptx.load_global_b32(item + ITEM_AT.sequence))
+            first_row, all_rows = ptx.block_z() * ROWS, ptx.load_global_b32(record + RECORD_AT.queries) * group
             if first_row >= all_rows:
                 return  # another record has more queries
             last_row = min(first_row + ROWS, all_rows) - 1
-            entry, first_query = int64(ptx.load_global_b32(record + 56)), ptx.load_global_b32(record + 60)
+            entry = int64(ptx.load_global_b32(record + RECORD_AT.entry))
+            first_query = ptx.load_global_b32(record + RECORD_AT.first_query)
             keys = list_block(record, Rows(int32(first_row // group), int32(last_row // group)))
             coded, code_begin = int32(0), int32(0)  # keys that are codes, and the position of the first of them
             if CODED:
-                first_page = ptx.load_global_b32(record + 80)
-                coded = int32((ptx.load_global_b32(record + 84) - first_page) * PAGE)
+                first_page = ptx.load_global_b32(record + RECORD_AT.first_page)
+                coded = int32((ptx.load_global_b32(record + RECORD_AT.own_page) - first_page) * PAGE)
                 code_begin = int32(keys.sink_tokens + first_page * PAGE)
-            first, end = ptx.load_global_b32(item + 4), min(ptx.load_global_b32(item + 8), int32(coded + keys.count))
+            first = ptx.load_global_b32(item + ITEM_AT.first)
+            end = min(ptx.load_global_b32(item + ITEM_AT.end), int32(coded + keys.count))
             shared = ptx.shared_memory(cuda.shared.array(0, types.int32, 128))
             q_own, out_own = q + entry * q_batch + first_query * q_token, out + first_query * out_token
             k_tail, v_tail = k + entry * k_batch + kv_head * k_head, v + entry * v_batch + kv_head * v_head
@@ -326,9 +328,8 @@ class TensorDecode:
                 if lane & 3 == 0:
                     results[SUMS + 2 * r], results[SUMS + 2 * r + 1] = m[half], l[half]
             cuda.syncthreads()
-            place = BlockPlace(
-                entry, int64(ptx.load_global_b32(item + 12)), kv_head, group, first_row, last_row, tokens, q_heads
-            )  # fmt: skip
+            partial = int64(ptx.load_global_b32(item + ITEM_AT.partial))
+            place = BlockPlace(entry, partial, kv_head, group, first_row, last_row, tokens, q_heads)
             write_rows(results, place, out_own, out_batch, out_token, out_head, partials, partial_sums, sinks)
 
         return tensor_decode

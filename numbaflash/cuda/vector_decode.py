@@ -24,7 +24,7 @@ from .block_result import BlockPlace, BlockResult
 from .decode_score import score_row
 from .decode_variant import DECODE_PARAMETERS, DecodeVariant
 from .lane_groups import merge_lane_groups, sum_lanes
-from .paged_keys import ITEM, RECORD, Rows, key_address, list_keys
+from .paged_keys import ITEM_AT, ITEM_BYTES, RECORD_BYTES, Rows, key_address, list_keys
 from .row_elements import RowShare, itemsize, load_elements, round_elements
 from .softmax import NOTHING_SEEN
 
@@ -103,7 +103,6 @@ class VectorDecode:
         )  # fmt: skip
         sum_group, merge_groups = sum_lanes(LANES), merge_lane_groups(LANES, R, E)
         write_rows = result.write(self.threads, variant.step_dtype, sinks=SINKS)
-        RECORD_BYTES, ITEM_BYTES = RECORD.itemsize, ITEM.itemsize
 
         def vector_decode(
             q, k, v, out, records, items, partials, partial_sums, slopes, sinks,
@@ -115,10 +114,10 @@ class VectorDecode:
             item, kv_head = items + ITEM_BYTES * int64(ptx.block_x()), ptx.block_y()
             first_row, all_rows = ptx.block_z() * R, tokens * group
             last_row = min(first_row + R, all_rows) - 1
-            sequence = int64(ptx.load_global_b32(item))
+            sequence = int64(ptx.load_global_b32(item + ITEM_AT.sequence))
             rows = Rows(int32(first_row // group), int32(last_row // group))
             keys = list_block(records + RECORD_BYTES * sequence, rows)
-            end = min(ptx.load_global_b32(item + 8), keys.count)
+            end = min(ptx.load_global_b32(item + ITEM_AT.end), keys.count)
             exists = EVEN or own < CHUNKS
 
             K, V = cuda.local.array(E, float32), cuda.local.array(E, float32)
@@ -139,7 +138,7 @@ class VectorDecode:
                     O[r * E + i] = float32(0)
                 m[r], l[r] = NOTHING, float32(0)
 
-            number = ptx.load_global_b32(item + 4) + thread // LANES
+            number = ptx.load_global_b32(item + ITEM_AT.first) + thread // LANES
             while number - thread // LANES < end:
                 there = number < end
                 position = number if number < keys.sinks else number - keys.sinks + keys.first
@@ -197,9 +196,8 @@ class VectorDecode:
                         shared[SUMS + 2 * (warp * R + r)] = m[r]
                         shared[SUMS + 2 * (warp * R + r) + 1] = l[r]
             cuda.syncthreads()
-            place = BlockPlace(
-                sequence, int64(ptx.load_global_b32(item + 12)), kv_head, group, first_row, last_row, tokens, q_heads
-            )  # fmt: skip
+            partial = int64(ptx.load_global_b32(item + ITEM_AT.partial))
+            place = BlockPlace(sequence, partial, kv_head, group, first_row, last_row, tokens, q_heads)
             write_rows(shared, place, out, out_batch, out_token, out_head, partials, partial_sums, sinks)
 
         return vector_decode
