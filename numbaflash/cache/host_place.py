@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from ..arrays import as_numpy, like
 from ..device_arrays import AnyArray
 from ..problem import FLOAT16, Scoring
+from . import code_steps, float_steps
 from .host_quantized import HostQuantizedLayer
-from .layer import FloatLayer, HostLayer, Layer
+from .layer import FloatLayer, Layer
 from .layout import RingLayout, raw_layout
 from .pages import PagePool, PageTable
 from .place import CacheShape, Place, Pool, check_quantizer
-from .step import append, attend, step
 from .token_ring import TokenRing
 
 __all__ = ["HostPlace"]
@@ -58,24 +58,28 @@ class HostPlace(Place):
 
     def append(self, layer: Layer, k: AnyArray, v: AnyArray, given: Mapping[str, Any]) -> None:  # noqa: ARG002
         """Append tokens."""
-        append(cast("HostLayer", layer), cast("NDArray[Any]", k), cast("NDArray[Any]", v))
+        keys, values = (cast("NDArray[Any]", array) for array in (k, v))
+        _steps_of(layer).append([layer], keys[None], values[None])
 
     def attend(self, layer: Layer, q: AnyArray, scoring: Scoring, given: Mapping[str, Any]) -> Any:
         """Attend with the queries of a layer's last tokens."""
-        held, queries = cast("HostLayer", layer), cast("NDArray[Any]", q)
-        none = np.empty((0, held.ring.kv_heads, held.ring.head_dim), held.ring.dtype)
-        start = held.length - len(queries)
-        return like(given["q"], attend([held], [start], queries[None], [held.prepare(none, none)], scoring)[0])
+        queries = cast("NDArray[Any]", q)
+        return like(given["q"], _steps_of(layer).attend([layer], queries[None], scoring)[0])
 
     def step(
         self, layers: Sequence[Layer], q: AnyArray, k: AnyArray, v: AnyArray, scoring: Scoring, given: Mapping[str, Any]
     ) -> Any:
         """Attend, then append."""
-        held = cast("Sequence[HostLayer]", layers)
         queries, keys, values = (cast("NDArray[Any]", array) for array in (q, k, v))
+        step = _steps_of(layers[0]).step
         if queries.ndim == 3:
-            return like(given["q"], step(held, queries[None], keys[None], values[None], scoring)[0])
-        return like(given["q"], step(held, queries, keys, values, scoring))
+            return like(given["q"], step(layers, queries[None], keys[None], values[None], scoring)[0])
+        return like(given["q"], step(layers, queries, keys, values, scoring))
+
+
+def _steps_of(layer: Layer) -> Any:
+    """The functions for layers like this one."""
+    return code_steps if layer.page_format else float_steps
 
 
 def _ring(layout: RingLayout, pool: PagePool) -> TokenRing:

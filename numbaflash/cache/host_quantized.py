@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cpu import RUN_FIELDS
-from ..cpu.code_paging import CODE_PAGES, list_seen_runs
+from ..cpu.code_paging import CodePages, list_seen_runs
 from .layer import HostLayer, NewTokens, Segment
 from .layout import RingLayout
 from .page_format import PageFormat
@@ -40,17 +40,15 @@ class HostQuantizedLayer(QuantizedLayer, HostLayer):
         quantizer: Quantizer,
     ) -> None:
         super().__init__(index, layout, ring, page_format, table, quantizer)
-        record = (
-            table.addresses.ctypes.data,
-            layout.ring_slots,
-            page_format.row_nbytes,
-            page_format.key_nbytes,
-            page_format.value_nbytes,
-            page_format.kv_heads * page_format.key_nbytes,
-            page_format.codes_nbytes,
+        self._record = CodePages(
+            pages=table.addresses.ctypes.data,
+            slots=layout.ring_slots,
+            row_bytes=page_format.row_nbytes,
+            key_head=page_format.key_nbytes,
+            value_head=page_format.value_nbytes,
+            values=page_format.kv_heads * page_format.key_nbytes,
+            parameters=page_format.codes_nbytes,
         )
-        self._record = np.array([record], CODE_PAGES)
-        self._record_address = self._record.ctypes.data
 
     def prepare(self, keys: NDArray[Any], values: NDArray[Any]) -> NewTokens:
         """Fold and round new tokens to float16, and quantize the pages that they fill.
@@ -99,8 +97,8 @@ class HostQuantizedLayer(QuantizedLayer, HostLayer):
             most = self.layout.sink_slots + own - first + 3
             table, parameters = np.empty((most, RUN_FIELDS), np.int64), np.empty((most, 2), np.int64)
             rows = list_seen_runs(
-                self.ring.record_address,
-                self._record_address,
+                self.ring.record.address,
+                self._record.address,
                 first,
                 own,
                 *fresh,

@@ -1,4 +1,4 @@
-"""One layer of a cache, wherever its tokens lie; in host memory of floats here, with codes in `host_quantized.py`.
+"""One layer of a cache, wherever its tokens lie; of floats in host memory here, with codes in `host_quantized.py`.
 
 On a device it is one of `device_ring.py`, or of `device_quantized.py`.
 """
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cpu import RUN_FIELDS, contiguous_run
 from .layout import RingLayout
 from .page_format import PageFormat
 from .token_ring import TokenRing
@@ -168,9 +167,10 @@ class Layer:
 
 
 class HostLayer(Layer, ABC):
-    """A layer in host memory: the CPU's kernels read it as runs of tokens."""
+    """A layer in host memory that has codes: the CPU's kernels read it as runs of tokens."""
 
     ring: TokenRing
+    page_format: PageFormat
 
     @abstractmethod
     def prepare(self, keys: NDArray[Any], values: NDArray[Any]) -> NewTokens:
@@ -205,30 +205,7 @@ class HostLayer(Layer, ABC):
         return q
 
 
-class FloatLayer(HostLayer):
-    """A layer whose tokens are all in its ring."""
+class FloatLayer(Layer):
+    """A layer in host memory whose tokens are all in its ring."""
 
-    def prepare(self, keys: NDArray[Any], values: NDArray[Any]) -> NewTokens:
-        """Round new tokens to the storage dtype."""
-        return NewTokens(_stored(keys, self.ring.dtype), _stored(values, self.ring.dtype))
-
-    def write(self, new: NewTokens) -> None:
-        """Append new tokens."""
-        self.ring.write(new.keys, new.values, new.fresh)
-
-    def segments(self, start: int, stop: int, new: NewTokens) -> list[Segment]:
-        """List the runs that queries at `start` to `stop` see: they are one segment."""
-        table = np.empty((self.ring.max_runs + 1, RUN_FIELDS), np.int64)
-        rows = self.ring.list_runs(self.layout.first_visible(start), table.ctypes.data)
-        if len(new.keys):
-            table[rows] = contiguous_run(new.keys, new.values, self.length)
-            rows += 1
-        return [Segment(start, stop, table[:rows])]
-
-
-def _stored(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Round to the storage dtype; what is too large for it becomes infinite, as IEEE 754 has it, and NaN stays NaN."""
-    if array.dtype == dtype:
-        return np.ascontiguousarray(array)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.ascontiguousarray(array, dtype)
+    ring: TokenRing

@@ -59,6 +59,13 @@ class RingLayout:
         """Return the oldest position, sink tokens apart, that a query at `position` sees."""
         return max(self.sink_tokens, position - self.window + 1)
 
+    def page_around(self, position: int) -> tuple[int, int]:
+        """Return the first position, and that behind the last one, that share a page with a position."""
+        behind = 0 if position < self.sink_tokens else self.sink_tokens
+        begin = position - (position - behind) % self.page_size
+        end = begin + self.page_size
+        return begin, min(end, self.sink_tokens) if position < self.sink_tokens else end
+
     def slots_between(self, start: int, stop: int) -> list[int]:
         """Return the slots of the positions `start` to `stop`, all sink tokens or none; one may come twice."""
         behind, first_slot, slots = 0, 0, self.sink_slots

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from .intrinsics import instruction
 from .jit import kernel, native
 from .paging import list_stretches, ring_at, store_run
+from .record import Record, record_at
 from .runs import RUN_FIELDS
-from .task import record_at
 from .vector import load_int, store_int
 
-__all__ = ["CODE_PAGES", "list_seen_runs"]
+__all__ = ["CodePages", "list_seen_runs"]
 
 _ROW = 8 * RUN_FIELDS
 _PARAMETERS_ROW = 8 * 2
 
-# A layer's pages of codes, as the function below sees them; see `cache.page_format.PageFormat`. `pages` is the address
-# of the page table: for each of the slots, the address of its page. From there it is `values` bytes to the first head's
-# values, and from a head's codes `parameters` bytes to their scales.
-CODE_PAGES = np.dtype(
-    [(name, np.int64) for name in ("pages", "slots", "row_bytes", "key_head", "value_head", "values", "parameters")]
-)
 
-_code_pages_at = instruction(*record_at(CODE_PAGES))
+class CodePages(Record, integers=("pages", "slots", "row_bytes", "key_head", "value_head", "values", "parameters")):
+    """A layer's pages of codes, as the function below sees them; see `cache.page_format.PageFormat`.
+
+    `pages` is the address of the page table: for each of the slots, the address of its page. From there it is `values`
+    bytes to the first head's values, and from a head's codes `parameters` bytes to their scales.
+    """
+
+
+_code_pages_at = record_at(CodePages.dtype)
 
 
 @native
@@ -67,8 +66,8 @@ def list_seen_runs(
     That is the sink tokens, the pages of codes from `first` on, and the tokens of their own page.
 
     Args:
-        ring_address: RING record of the tokens that are no codes.
-        codes_address: CODE_PAGES record.
+        ring_address: RingRecord of the tokens that are no codes.
+        codes_address: CodePages.
         first: The oldest page of codes, by its number behind the sink tokens.
         own: The page of the queries.
         new_page: Pages of that number and above are no slot's yet, but

@@ -19,7 +19,7 @@ from .kv import TILE_KEYS
 from .micro import ROWS_PER_SCORE, score_keys, weigh_values
 from .panel import is_finite, lse_at, out_at, query_at, query_factor, query_head, query_position, query_rows
 from .rows import VECTOR_BYTES, clear, narrow_row, padded, widen_row
-from .runs import K_TOKEN_STRIDE, START, V_TOKEN_STRIDE
+from .runs import COUNT, K_TOKEN_STRIDE, START, V_TOKEN_STRIDE
 from .scoring import NEG_INF, add_bias, bias_at, cap_scores
 from .softmax import normalize_row
 from .task import NO_BIAS, report_item, take_item, task_at
@@ -82,9 +82,12 @@ def count_splits(task, sequence):
 
 @kernel
 def plan_decode(task_address):
-    """Fill in rows_per_item and splits; return the number of items."""
+    """Fill in rows_per_item, splits and kv_tokens; return the number of items."""
     task = task_at(task_address)
     rows = task.q_tokens * task.group
+    task.kv_tokens = 0
+    for run in range(load_int(task.bounds), load_int(task.bounds + 8 * task.sequences)):
+        task.kv_tokens += run_field(task, run, COUNT)
     splits = 1
     for sequence in range(task.sequences):
         splits = max(splits, count_splits(task, sequence)[2])

@@ -6,10 +6,8 @@ attention of a short sequence.
 
 from __future__ import annotations
 
-import numpy as np
-
-from .intrinsics import instruction
 from .jit import kernel, native
+from .record import Record, record_at
 from .runs import (
     COUNT,
     K_ADDRESS,
@@ -21,22 +19,29 @@ from .runs import (
     V_HEAD_STRIDE,
     V_TOKEN_STRIDE,
 )
-from .task import record_at
 from .vector import copy_bytes, load_int, store_int
 
-__all__ = ["RING", "gather_tokens", "list_runs", "list_stretches", "ring_at", "scatter_tokens", "store_run"]
+__all__ = ["RingRecord", "gather_tokens", "list_rings", "list_stretches", "ring_at", "scatter_tokens", "store_run"]
 
-# A layer's ring, as the functions below see it; see `cache.layout.RingLayout`. `pages` is the address of the page
-# table: for each slot, sinks first, the address of its page's keys. A page holds (kv_heads, page_size) rows of keys,
-# then as many rows of values.
-RING = np.dtype(
-    [
-        (name, np.int64)
-        for name in ("pages", "page_size", "sink_tokens", "sink_slots", "ring_slots", "kv_heads", "row_bytes")
-    ]
-)
+_ROW = 8 * RUN_FIELDS
 
-ring_at = instruction(*record_at(RING))
+
+class RingRecord(
+    Record,
+    integers=(
+        *("pages", "page_size", "sink_tokens", "sink_slots", "ring_slots", "kv_heads", "row_bytes"),
+        *("window", "ring_tokens", "length"),
+    ),
+):
+    """A layer's ring, as the functions below see it; see `cache.layout.RingLayout`.
+
+    `pages` is the address of the page table: for each slot, sinks first, the address of its page's keys. A page holds
+    (kv_heads, page_size) rows of keys, then as many rows of values. `length` is that of the tokens seen.
+    """
+
+
+ring_at = record_at(RingRecord.dtype)
+_LENGTH = RingRecord.offset_of("length")
 
 
 @native
@@ -86,25 +91,74 @@ def list_stretches(ring, position, stop, row):
         keys = _keys_at(ring, position)
         values = keys + ring.kv_heads * head_stride
         store_run(row, keys, values, position, end - position, ring.row_bytes, head_stride, ring.row_bytes, head_stride)
-        row += 8 * RUN_FIELDS
+        row += _ROW
         position = end
     return row
 
 
 @kernel
-def list_runs(ring_address, start, stop, table):
-    """Write the sink tokens, and the tokens from `start`, which is none of them, to `stop`, as rows of `KVRuns.table`.
+def list_rings(
+    rings,
+    sequences,
+    queries,
+    new,
+    keys,
+    k_sequence,
+    k_token,
+    k_head,
+    values,
+    v_sequence,
+    v_token,
+    v_head,
+    sides,
+    bounds,
+    table,
+):
+    """Write what the last `queries` tokens of each ring see: rows of `Visibility`, and `KVRuns.bounds` and `table`.
+
+    Args:
+        rings: Address of the addresses of
+        sequences: so many RingRecords.
+        queries: Tokens of each whose queries they are.
+        new: How many tokens of each are in no ring yet; all of them queries.
+        keys: Address of the first new token's first key,
+        k_sequence: bytes from there to the next sequence's,
+        k_token: to the next token's,
+        k_head: and to the next head's.
+        values: Of the values,
+        v_sequence: likewise,
+        v_token: likewise,
+        v_head: likewise.
+        sides: Address of `Visibility.rows`.
+        bounds: Address of `KVRuns.bounds`.
+        table: Address of `KVRuns.table`; a ring takes a row for each of its slots and three more at most.
 
     Returns:
-        The number of rows: at most two more than the ring has slots.
+        The number of rows.
     """
-    ring = ring_at(ring_address)
-    row = list_stretches(ring, 0, min(ring.sink_tokens, stop), table)
-    return (list_stretches(ring, start, stop, row) - table) // (8 * RUN_FIELDS)
+    row = table
+    store_int(bounds, 0)
+    for n in range(sequences):
+        ring = ring_at(load_int(rings + 8 * n))
+        length = ring.length
+        start = length + new - queries
+        store_int(sides + 8 * n, start)
+        store_int(sides + 8 * (sequences + n), ring.window - 1)
+        store_int(sides + 8 * (2 * sequences + n), 0)
+        store_int(sides + 8 * (3 * sequences + n), ring.sink_tokens)
+        row = list_stretches(ring, 0, min(ring.sink_tokens, length), row)
+        row = list_stretches(ring, max(ring.sink_tokens, start - ring.window + 1), length, row)
+        if new > 0:
+            k, v = keys + n * k_sequence, values + n * v_sequence
+            store_run(row, k, v, length, new, k_token, k_head, v_token, v_head)
+            row += _ROW
+        store_int(bounds + 8 * (n + 1), (row - table) // _ROW)
+    return (row - table) // _ROW
 
 
 @native
 def _copy_tokens(ring, start, stop, keys, k_token, k_head, values, v_token, v_head, into_pages):
+    """Copy the tokens `start` to `stop`, whose first one lies at `keys` and `values`, into the pages or out of them."""
     position = start
     head_stride = ring.page_size * ring.row_bytes
     while position < stop:
@@ -125,15 +179,25 @@ def _copy_tokens(ring, start, stop, keys, k_token, k_head, values, v_token, v_he
 
 
 @kernel
-def scatter_tokens(ring_address, start, stop, keys, k_token, k_head, values, v_token, v_head):
-    """Write the tokens `start` to `stop`, whose first one lies at `keys` and `values`, to their places in the pages.
+def scatter_tokens(rings, sequences, tokens, keys, k_sequence, k_token, k_head, values, v_sequence, v_token, v_head):
+    """Append `tokens` tokens to each ring: write them to their places in the pages, and count them in.
 
-    Strides are in bytes; a head's row is contiguous.
+    Those that so many tokens at once would overwrite themselves are left out. Arguments are those of `list_rings`; a
+    head's row is contiguous.
     """
-    _copy_tokens(ring_at(ring_address), start, stop, keys, k_token, k_head, values, v_token, v_head, True)
+    for n in range(sequences):
+        address = load_int(rings + 8 * n)
+        ring = ring_at(address)
+        start, k, v = ring.length, keys + n * k_sequence, values + n * v_sequence
+        stop = start + tokens
+        _copy_tokens(ring, start, min(stop, ring.sink_tokens), k, k_token, k_head, v, v_token, v_head, True)
+        kept = max(start, stop - ring.ring_tokens, ring.sink_tokens)
+        k, v = k + (kept - start) * k_token, v + (kept - start) * v_token
+        _copy_tokens(ring, kept, stop, k, k_token, k_head, v, v_token, v_head, True)
+        store_int(address + _LENGTH, stop)
 
 
 @kernel
 def gather_tokens(ring_address, start, stop, keys, k_token, k_head, values, v_token, v_head):
-    """The reverse of `scatter_tokens`."""
+    """Copy the tokens `start` to `stop` out of the pages, the first one to `keys` and `values`."""
     _copy_tokens(ring_at(ring_address), start, stop, keys, k_token, k_head, values, v_token, v_head, False)

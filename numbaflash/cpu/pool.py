@@ -18,7 +18,7 @@ from numba import types
 from numpy.typing import NDArray
 
 from .jit import kernel
-from .task import ITEMS_DONE, task_at
+from .task import ITEMS_DONE, Task, task_at
 from .vector import atomic_load, pause
 
 __all__ = ["run", "thread_count"]
@@ -35,31 +35,31 @@ def thread_count() -> int:
     return count
 
 
-def run(kernel: Any, task: NDArray[Any], scratch_bytes: int, helpers: int, keep_alive: tuple[Any, ...]) -> None:
+def run(kernel: Any, task: Task, scratch_bytes: int, helpers: int, keep_alive: tuple[Any, ...]) -> None:
     """Run `kernel` on a task until all its items are done.
 
     Args:
         kernel: Takes items until there are none.
-        task: One TASK record.
+        task: What to do.
         scratch_bytes: Memory that the kernel wants for each thread.
         helpers: Threads that may join in.
         keep_alive: What the addresses in the task point into.
     """
-    address = task.ctypes.data
     try:
         if helpers > 0:
             _helpers.ask(helpers, (kernel, task, scratch_bytes, keep_alive))
     finally:
         # Even when Ctrl-C comes in between, nobody may be left writing when the caller gives the memory away.
-        _complete(kernel, address, _scratch(scratch_bytes))
+        _complete(kernel, task.address, _scratch(scratch_bytes), alone=helpers <= 0)
 
 
-def _complete(kernel: Any, task_address: int, scratch: int) -> None:
+def _complete(kernel: Any, task_address: int, scratch: int, *, alone: bool) -> None:
     interrupt = None
     while True:
         try:
             kernel(task_address, scratch)
-            _await_items(task_address)
+            if not alone:
+                _await_items(task_address)
             break
         except KeyboardInterrupt as error:
             interrupt = error
@@ -80,7 +80,7 @@ def _await_items(task_address):
             _usleep(_NAP_MICROSECONDS)
 
 
-_Job = tuple[Any, NDArray[Any], int, tuple[Any, ...]]
+_Job = tuple[Any, Task, int, tuple[Any, ...]]
 
 
 class _Helpers:
@@ -104,7 +104,7 @@ class _Helpers:
     def _work(self) -> None:
         while True:
             kernel, task, scratch_bytes, keep_alive = self._jobs.get()
-            kernel(task.ctypes.data, _scratch(scratch_bytes))
+            kernel(task.address, _scratch(scratch_bytes))
             del kernel, task, keep_alive
 
 

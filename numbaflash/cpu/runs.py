@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,8 +69,7 @@ class Codes:
     page_size: int
 
 
-@dataclass(frozen=True, eq=False)
-class KVRuns:
+class KVRuns(NamedTuple):
     """Keys and values of a batch of sequences.
 
     The arrays behind the addresses belong to the caller, who keeps them alive until the kernel returns. The last axis
@@ -109,13 +108,45 @@ class Visibility:
         sinks: As left: the first positions that stay visible when the window has left them behind.
 
     Attributes:
-        rows: (4, sequences) int64: the arguments side by side, of which those of the same names are views.
+        rows: (4, sequences) int64: the arguments side by side, of which the properties of the same names are views.
     """
 
+    __slots__ = ("rows",)
+
     def __init__(self, q_start: Ints, left: Ints | int, right: Ints | int, sinks: Ints | int) -> None:
-        self.rows = np.empty((4, len(q_start)), np.int64)
-        self.q_start, self.left, self.right, self.sinks = self.rows
-        self.q_start[:], self.left[:], self.right[:], self.sinks[:] = q_start, left, right, sinks
+        self.rows: NDArray[np.int64] = np.empty((4, len(q_start)), np.int64)
+        self.rows[0], self.rows[1], self.rows[2], self.rows[3] = q_start, left, right, sinks
+
+    @classmethod
+    def of_rows(cls, rows: NDArray[np.int64]) -> Visibility:
+        """Return what such rows say."""
+        visibility = object.__new__(cls)
+        visibility.rows = rows
+        return visibility
+
+    @property
+    def q_start(self) -> NDArray[np.int64]:
+        """Position of query row 0."""
+        return self._row(0)
+
+    @property
+    def left(self) -> NDArray[np.int64]:
+        """Window to the left."""
+        return self._row(1)
+
+    @property
+    def right(self) -> NDArray[np.int64]:
+        """Window to the right."""
+        return self._row(2)
+
+    @property
+    def sinks(self) -> NDArray[np.int64]:
+        """The first positions that stay visible."""
+        return self._row(3)
+
+    def _row(self, index: int) -> NDArray[np.int64]:
+        row: NDArray[np.int64] = self.rows[index]
+        return row
 
 
 def contiguous_run(k: NDArray[Any], v: NDArray[Any], start: int) -> tuple[int, ...]:

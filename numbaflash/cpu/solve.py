@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,10 @@ from .kv import TILE_KEYS
 from .panel import PANEL_BYTES, PANEL_ROWS
 from .pool import run, thread_count
 from .prefill import MAX_ITEM_ROWS, PREFILL_SCRATCH, prefill
+from .record import address_of
 from .runs import COUNT, RUN_FIELDS, START, UNBOUNDED, KVRuns, Visibility
 from .standard import STANDARD_SCRATCH, standard_scores, standard_softmax, standard_values
-from .task import BOOL_BIAS, NO_BIAS, make_task
+from .task import BOOL_BIAS, NO_BIAS, Task
 
 __all__ = ["SPLIT_KV_MAX_TOKENS", "attend_runs", "attention", "readable"]
 
@@ -130,8 +130,10 @@ class _Call:
         self._runs = runs
         self._pairs = (len(runs.bounds) - 1) * runs.kv_heads
         self._panels = -(-tokens * (q_heads // runs.kv_heads) // PANEL_ROWS)
+        self._kv_tokens: int | None = None
         self._keep_alive: tuple[Any, ...] = (q, visibility, scoring, q_bounds, keep_alive)
-        self._task = _describe(q, runs, visibility, scoring, self.out, self.lse, tokens, q_bounds)
+        if not self.is_empty:
+            self._task = _describe(q, runs, visibility, scoring, self.out, self.lse, tokens, q_bounds)
 
     def flash_v2(self) -> None:
         """FlashAttention-2; by split-KV where there are few query tokens."""
@@ -147,10 +149,10 @@ class _Call:
         self._run_in_parts(prefill, PREFILL_SCRATCH, self._pairs * -(-self._panels // per_item))
 
     def _decode(self) -> None:
-        items = plan_decode(self._task.ctypes.data)
-        splits = int(self._task["splits"][0])
-        if splits > 1:
-            rows = int(self._task["rows_per_item"][0])
+        items: int = plan_decode(self._task.address)
+        self._kv_tokens = self._task["kv_tokens"]
+        if (splits := self._task["splits"]) > 1:
+            rows = self._task["rows_per_item"]
             self._allocate_workspace(items * rows * partial_bytes(self._runs.value_dim))
             splits_done = np.zeros(items // splits, np.int64)
             self._task["splits_done"] = splits_done.ctypes.data
@@ -170,9 +172,7 @@ class _Call:
         panels = self._pairs * self._panels
         self._allocate_workspace(panels * keys * PANEL_BYTES)
         for kernel in (standard_scores, standard_softmax, standard_values):
-            # A helper that wakes up late must find the counter of the kernel that it was asked for.
-            self._task = self._task.copy()
-            self._task["next_item"] = self._task["items_done"] = 0
+            self._task = self._task.starting_at(0)
             self._run(kernel, STANDARD_SCRATCH, panels)
 
     def _allocate_workspace(self, nbytes: int) -> None:
@@ -186,9 +186,7 @@ class _Call:
         self._run(kernel, scratch_bytes, min(part, items))
         for first in range(part, items, part):
             pauses.pause()
-            # A helper that wakes up late must find the counter of the part that it was asked for.
-            self._task = self._task.copy()
-            self._task["next_item"] = self._task["items_done"] = first
+            self._task = self._task.starting_at(first)
             self._run(kernel, scratch_bytes, min(first + part, items))
 
     def _run(self, kernel: Any, scratch_bytes: int, items: int) -> None:
@@ -209,10 +207,12 @@ class _Call:
         q_heads: int = self.out.shape[-2]
         return max(self._elements * q_heads * self._tokens, 1)
 
-    @cached_property
+    @property
     def _elements(self) -> int:
         """Elements of one head's keys and values."""
-        return int(self._runs.table[:, COUNT].sum()) * (self._runs.head_dim + self._runs.value_dim)
+        if self._kv_tokens is None:
+            self._kv_tokens = int(self._runs.table[:, COUNT].sum())
+        return self._kv_tokens * (self._runs.head_dim + self._runs.value_dim)
 
 
 def _describe(
@@ -224,14 +224,14 @@ def _describe(
     lse: NDArray[np.float32],
     tokens: int,
     q_bounds: NDArray[np.int64] | None,
-) -> NDArray[Any]:
+) -> Task:
     """The task, but for its items; `tokens` are those of the longest sequence."""
     q_heads = q.shape[-2]
     # A packed batch has no batch axis.
     q_batch, q_token, q_head, _ = (0, *q.strides)[-4:]
     out_batch, out_token, out_head, _ = (0, *out.strides)[-4:]
     lse_batch, lse_head, lse_token = (0, *lse.strides)[-3:]
-    sides, side = visibility.rows.ctypes.data, visibility.rows.strides[0]
+    sides, side = address_of(visibility.rows), visibility.rows.strides[0]
     options = {"bias_dtype": NO_BIAS}
     if q_bounds is not None:
         options["q_bounds"] = q_bounds.ctypes.data
@@ -251,7 +251,7 @@ def _describe(
             "symmetric": codes.symmetric,
             "page_size": codes.page_size,
         }
-    return make_task(
+    return Task(
         sequences=len(runs.bounds) - 1,
         q_tokens=tokens,
         q_heads=q_heads,
@@ -268,12 +268,12 @@ def _describe(
         out_batch=out_batch,
         out_token=out_token,
         out_head=out_head,
-        lse=lse.ctypes.data,
+        lse=address_of(lse),
         lse_batch=lse_batch,
         lse_head=lse_head,
         lse_token=lse_token,
-        runs=runs.table.ctypes.data,
-        bounds=runs.bounds.ctypes.data,
+        runs=address_of(runs.table),
+        bounds=address_of(runs.bounds),
         kv_dtype=_CODES[runs.dtype],
         q_start=sides,
         left=sides + side,

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .jit import kernel
 from .pool import run, thread_count
-from .task import make_task, report_item, take_item, task_at
+from .task import Task, report_item, take_item, task_at
 from .vector import LANES, add, horizontal_sum, load, splat, store_float
 
 __all__ = ["read_memory"]
@@ -22,7 +22,7 @@ def read_memory(array: NDArray[Any]) -> None:
     """Read a contiguous array once, with as many threads as attention uses; a tail under 256 KiB is left out."""
     items = array.nbytes // _ITEM_BYTES
     sums = np.empty(items, np.float32)
-    task = make_task(items=items, q=array.ctypes.data, out=sums.ctypes.data)
+    task = Task(items=items, q=array.ctypes.data, out=sums.ctypes.data)
     run(_stream, task, 0, min(thread_count(), items) - 1, (array, sums))
 
 

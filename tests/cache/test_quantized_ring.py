@@ -54,7 +54,7 @@ def test_a_step_that_fails_leaves_the_cache_and_its_pages_as_they_were(monkeypat
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(numbaflash.cache.step, "attend_runs", fail)
+        patch.setattr(numbaflash.cache.code_steps, "attend_runs", fail)
         with pytest.raises(MemoryError):
             cache.step(0, tokens(30, 4), tokens(30), tokens(30))
 

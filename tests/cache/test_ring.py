@@ -135,7 +135,7 @@ def test_a_step_that_fails_leaves_the_cache_as_it_was(monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(numbaflash.cache.step, "attend_runs", fail)
+        patch.setattr(numbaflash.cache.float_steps, "attend_runs", fail)
         with pytest.raises(MemoryError):
             cache.step(0, q, k, v)
 

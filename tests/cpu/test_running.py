@@ -13,7 +13,7 @@ import pytest
 
 from numbaflash.cpu import pool
 from numbaflash.cpu import solve as entry
-from numbaflash.cpu.task import ITEMS_DONE, make_task
+from numbaflash.cpu.task import ITEMS_DONE, Task
 
 from .inputs import qkv, solve
 
@@ -69,7 +69,7 @@ os._exit(0)
 
 
 def test_an_interrupt_waits_until_all_items_are_done() -> None:
-    task = make_task(items=3)
+    task = Task(items=3)
     calls = 0
 
     def kernel(*_: int) -> None:

@@ -173,7 +173,7 @@ def test_a_launch_that_fails_is_made_again_for_each_step(four: Four, monkeypatch
             if isinstance(rings[0], DeviceRing):
                 patch.setattr("numbaflash.cuda.paged.step", _fail)
             else:
-                patch.setattr("numbaflash.cache.step.attend_runs", _fail)
+                patch.setattr("numbaflash.cache.float_steps.attend_runs", _fail)
             return step(self, layers, q, k, v, *rest)
 
     with four.server.engine_held():

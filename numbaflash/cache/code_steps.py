@@ -1,4 +1,7 @@
-"""Steps and attention of caches, of one or of many at once: all their queries and runs go into one launch."""
+"""Steps and attention of quantized caches, of one or of many at once, as `float_steps.py` has them of others.
+
+What a query sees of codes and what in 16 bits depends on its page: a step is parted by pages, into one launch still.
+"""
 
 from __future__ import annotations
 
@@ -39,20 +42,29 @@ def step(
         MemoryError: A layer has no pages left; no layer has changed.
     """
     with _prepared(layers, k, v) as news:
-        out = attend(layers, [layer.length for layer in layers], q, news, scoring)
+        out = _attend(layers, [layer.length for layer in layers], q, news, scoring)
         _write(layers, news)
     return out
 
 
-def append(layer: HostLayer, k: NDArray[Any], v: NDArray[Any]) -> None:
-    """Write new tokens, (T, Hkv, D) each.
+def append(layers: Sequence[HostLayer], k: NDArray[Any], v: NDArray[Any]) -> None:
+    """Write new tokens, (N, T, Hkv, D) each.
 
     Raises:
-        ValueError: They cannot be stored; the layer has not changed.
-        MemoryError: There are no pages left; the layer has not changed.
+        ValueError: They cannot be stored; no layer has changed.
+        MemoryError: A layer has no pages left; no layer has changed.
     """
-    with _prepared([layer], k[None], v[None]) as news:
-        _write([layer], news)
+    with _prepared(layers, k, v) as news:
+        _write(layers, news)
+
+
+def attend(layers: Sequence[HostLayer], q: NDArray[Any], scoring: Scoring) -> NDArray[Any]:
+    """Attend with the queries (N, T, Hq, D) of the last T tokens of each layer."""
+    news = []
+    for layer in layers:
+        none = np.empty((0, layer.ring.kv_heads, layer.ring.head_dim), layer.ring.dtype)
+        news.append(layer.prepare(none, none))
+    return _attend(layers, [layer.length - q.shape[1] for layer in layers], q, news, scoring)
 
 
 @contextmanager
@@ -77,7 +89,7 @@ def _write(layers: Sequence[HostLayer], news: list[NewTokens]) -> None:
         layer.write(new)
 
 
-def attend(
+def _attend(
     layers: Sequence[HostLayer],
     starts: Sequence[int],
     q: NDArray[Any],
@@ -102,7 +114,7 @@ def attend(
         sinks=[layout.sink_tokens for layout in layouts],
     )
     runs = _runs(layers[0], segments)
-    queries = q if runs.codes is None else _folded(layers, q)
+    queries = _folded(layers, q)
     if len(segments) == len(q):
         return attend_runs(queries, runs, visibility, scoring)[0].astype(q.dtype, copy=False)
     if scoring.alibi_slopes is not None:
@@ -122,7 +134,7 @@ def _runs(layer: HostLayer, segments: Sequence[Segment]) -> KVRuns:
         kv_heads=ring.kv_heads,
         head_dim=ring.head_dim,
         value_dim=ring.head_dim,
-        codes=None if layer.page_format is None else _codes(layer.page_format, segments),
+        codes=_codes(layer.page_format, segments),
     )
 
 
