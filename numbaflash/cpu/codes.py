@@ -30,19 +30,29 @@ from .vector import (
     add,
     fma,
     horizontal_sum,
+    lane_numbers,
+    less,
     load,
-    load_float,
     load_float16,
     load_int,
     load_one_float16,
     mul,
+    prefetch,
     splat,
     store,
-    store_float,
+    where,
 )
 from .walk import key_at, run_field, value_at
 
-__all__ = ["CODES_SCRATCH", "is_quantized", "score_quantized", "unpack_tokens", "weigh_quantized"]
+__all__ = [
+    "CODES_SCRATCH",
+    "SHIFTS_ROW",
+    "add_shifts",
+    "is_quantized",
+    "score_quantized",
+    "unpack_tokens",
+    "weigh_quantized",
+]
 
 _MAX_PAGE = 256  # tokens
 _MAX_GROUPS = MAX_HEAD_DIM // BLOCK
@@ -50,11 +60,14 @@ _TOKENS_ROW = 4 * (_MAX_PAGE + LANES)  # a float32 for each token of a page; loo
 
 # Where things lie in scratch memory.
 _QUERIES = 0
-_SCALES = _QUERIES + 4 * ROWS_PER_SCORE * MAX_HEAD_DIM
+_STARTS = _QUERIES + 4 * ROWS_PER_SCORE * MAX_HEAD_DIM
+_SCALES = _STARTS + ROWS_PER_SCORE * VECTOR_BYTES
 _OFFSETS = _SCALES + _MAX_GROUPS * _TOKENS_ROW
 _WEIGHTS = _OFFSETS + _MAX_GROUPS * _TOKENS_ROW
-_SHIFTS = _WEIGHTS + ROWS_PER_WEIGHT * _TOKENS_ROW
-CODES_SCRATCH = _SHIFTS + 4 * ROWS_PER_WEIGHT
+CODES_SCRATCH = _WEIGHTS + ROWS_PER_WEIGHT * _TOKENS_ROW
+
+# What a row's values have as offsets so far: a vector for each group, whose lanes are to be summed.
+SHIFTS_ROW = _MAX_GROUPS * VECTOR_BYTES
 
 
 @native
@@ -86,15 +99,16 @@ def _offsets(task, scales, scales_at, offsets_at):
 
 
 @native
-def _widen_parameters(task, parameters, groups, count, scales, offsets):
-    """Lay scales and offsets of `count` tokens and all groups out as float32, _TOKENS_ROW bytes a group."""
-    group_bytes = 2 * task.page_size
+def _widen_parameters(task, parameters, groups, between, count, ahead, scales, offsets):
+    """Lay `count` scales and offsets of all groups, `between` bytes apart, out as float32, _TOKENS_ROW bytes a group."""
     for group in range(groups):
         for i in range(0, count, LANES):
-            at = parameters + group * group_bytes + 2 * i
+            at = parameters + group * between + 2 * i
+            prefetch(at + ahead)
+            prefetch(at + groups * between + ahead)
             scale = load_float16(at)
             store(scales + group * _TOKENS_ROW + 4 * i, scale)
-            store(offsets + group * _TOKENS_ROW + 4 * i, _offsets(task, scale, at, groups * group_bytes))
+            store(offsets + group * _TOKENS_ROW + 4 * i, _offsets(task, scale, at, groups * between))
 
 
 # ---- keys -------------------------------------------------------------------------------------------------------
@@ -123,25 +137,31 @@ def score_quantized(
     """
     stride = run_field(task, run, K_TOKEN_STRIDE)
     keys, parameters = key_at(task, run, kv_head, position), _key_parameters(task, run, kv_head, position)
+    scales, offsets = scratch + _SCALES, scratch + _OFFSETS
     blocks = task.head_dim // BLOCK
     step = LANES // together
-    groups = 0
-    if task.key_group != 0:
-        groups = task.head_dim // task.key_group
-        _widen_parameters(task, parameters, groups, count, scratch + _SCALES, scratch + _OFFSETS)
+    by_channel = task.key_group == 0
+    if by_channel:
+        groups, group_shift = 0, 0
+        _widen_parameters(task, parameters, 1, 2 * task.head_dim, task.head_dim, ahead, scales, offsets)
+    else:
+        groups, group_shift = task.head_dim // task.key_group, _log2(task.key_group // BLOCK)
+        _widen_parameters(task, parameters, groups, 2 * task.page_size, count, ahead, scales, offsets)
     for r in range(0, rows, together):
         q, to = queries + r * query_row, scores + r * row
-        if groups == 0:
+        if by_channel:
             q = scratch + _QUERIES
             for i in range(together):
-                shift = _scale_query(task, queries + (r + i) * query_row, parameters, q + i * query_row)
-                store_float(scratch + _SHIFTS + 4 * i, shift)
+                query, start = queries + (r + i) * query_row, scratch + _STARTS + i * VECTOR_BYTES
+                _scale_query(task.head_dim, query, scales, offsets, q + i * query_row, start)
         for n in range(0, count, step):
             at, last = keys + n * stride, count - 1 - n
-            if groups == 0:
-                score_codes(task.code_bits, together, at, stride, last, ahead, q, query_row, blocks, to + 4 * n, row)
+            if by_channel:
+                start = scratch + _STARTS
+                score_codes(
+                    task.code_bits, together, at, stride, last, ahead, q, query_row, blocks, start, to + 4 * n, row
+                )
             else:
-                scales, shift = scratch + _SCALES + 4 * n, _log2(task.key_group // BLOCK)
                 score_scaled_codes(
                     task.code_bits,
                     together,
@@ -152,36 +172,25 @@ def score_quantized(
                     q,
                     query_row,
                     blocks,
-                    scales,
+                    scales + 4 * n,
                     _TOKENS_ROW,
-                    shift,
+                    group_shift,
                     to + 4 * n,
                     row,
                 )
-        for i in range(together):
-            if groups == 0:
-                _shift_scores(to + i * row, count, splat(load_float(scratch + _SHIFTS + 4 * i)))
-            else:
-                _shift_by_groups(task, q + i * query_row, groups, count, scratch + _OFFSETS, to + i * row)
+        for i in range(0 if by_channel else together):
+            _shift_by_groups(task, q + i * query_row, groups, count, offsets, to + i * row)
 
 
 @native
-def _scale_query(task, query, scales, target):
-    """Write a query times its channels' scales, and return its product with their offsets."""
+def _scale_query(head_dim, query, scales, offsets, target, start):
+    """Write a query times its channels' scales, and its product with their offsets: a vector, whose lanes sum to it."""
     total = splat(np.float32(0))
-    for d in range(0, task.head_dim, LANES):
-        at = scales + 2 * d
-        scale = load_float16(at)
-        q = load(query + 4 * d)
-        store(target + 4 * d, mul(q, scale))
-        total = fma(q, _offsets(task, scale, at, 2 * task.head_dim), total)
-    return horizontal_sum(total)
-
-
-@native
-def _shift_scores(scores, count, shift):
-    for at in range(scores, scores + 4 * count, VECTOR_BYTES):
-        store(at, add(load(at), shift))
+    for at in range(0, 4 * head_dim, VECTOR_BYTES):
+        q = load(query + at)
+        store(target + at, mul(q, load(scales + at)))
+        total = fma(q, load(offsets + at), total)
+    store(start, total)
 
 
 @native
@@ -210,48 +219,55 @@ def _log2(n):
 
 
 @native
-def weigh_quantized(task, run, kv_head, position, count, ahead, rows, exact, weights, row, out, out_row, scratch):
+def weigh_quantized(
+    task, run, kv_head, position, count, ahead, rows, exact, weights, row, out, out_row, shifts, scratch
+):
     """Add the `count` values of a quantized run from `position` on, times their weights, to `rows` outputs.
 
-    Codes are finite, and so are their scales: a weight of 0 takes nothing from any of them. `rows` is a multiple of
+    What their offsets add goes to `shifts`, SHIFTS_ROW bytes a row, for `add_shifts` to add once for many runs. Codes
+    are finite, and so are their scales: a weight of 0 takes nothing from any of them. `rows` is a multiple of
     ROWS_PER_WEIGHT unless it is 1 or `exact` is set; the rest is as in `score_quantized`.
     """
     stride = run_field(task, run, V_TOKEN_STRIDE)
     values, parameters = value_at(task, run, kv_head, position), _value_parameters(task, run, kv_head, position)
     groups, group_bytes = task.value_dim // task.value_group, task.value_group * task.code_bits // 8
+    blocks = task.value_group // BLOCK
     scales, offsets, scaled = scratch + _SCALES, scratch + _OFFSETS, scratch + _WEIGHTS
-    _widen_parameters(task, parameters, groups, count, scales, offsets)
+    _widen_parameters(task, parameters, groups, 2 * task.page_size, count, ahead, scales, offsets)
     together = 1 if exact or rows == 1 else ROWS_PER_WEIGHT
     for r in range(0, rows, together):
         for group in range(groups):
-            to = out + r * out_row + 4 * group * task.value_group
+            below = group * _TOKENS_ROW
             for i in range(together):
-                shift = _scale_weights(weights + (r + i) * row, scales, offsets, count, scaled + i * _TOKENS_ROW)
-                for at in range(to + i * out_row, to + i * out_row + 4 * task.value_group, VECTOR_BYTES):
-                    store(at, add(load(at), shift))
-            v = values + group * group_bytes
-            blocks = task.value_group // BLOCK
+                shift = shifts + (r + i) * SHIFTS_ROW + group * VECTOR_BYTES
+                to = scaled + i * _TOKENS_ROW
+                _scale_weights(weights + (r + i) * row, scales + below, offsets + below, count, to, shift)
+            v, to = values + group * group_bytes, out + r * out_row + 4 * group * task.value_group
             weigh_codes(task.code_bits, together, v, stride, ahead, scaled, _TOKENS_ROW, count, to, out_row, blocks)
-            scales += _TOKENS_ROW
-            offsets += _TOKENS_ROW
-        scales, offsets = scratch + _SCALES, scratch + _OFFSETS
 
 
 @native
-def _scale_weights(weights, scales, offsets, count, target):
-    """Write weights times scales, and return the sum of weights times offsets in each lane of a vector."""
-    total = splat(np.float32(0))
-    whole = count // LANES * LANES
-    for i in range(0, 4 * whole, VECTOR_BYTES):
-        weight = load(weights + i)
-        store(target + i, mul(weight, load(scales + i)))
-        total = fma(weight, load(offsets + i), total)
-    shift = horizontal_sum(total)
-    for i in range(4 * whole, 4 * count, 4):
-        weight = load_float(weights + i)
-        store_float(target + i, weight * load_float(scales + i))
-        shift += weight * load_float(offsets + i)
-    return splat(shift)
+def _scale_weights(weights, scales, offsets, count, target, shift):
+    """Write weights times scales, and add weights times offsets to the lanes of the vector at `shift`."""
+    total = load(shift)
+    for i in range(0, count, LANES):
+        weight = load(weights + 4 * i)
+        store(target + 4 * i, mul(weight, load(scales + 4 * i)))
+        more = fma(weight, load(offsets + 4 * i), total)
+        total = where(less(lane_numbers(), splat(np.float32(count - i))), more, total)
+    store(shift, total)
+
+
+@native
+def add_shifts(task, rows, shifts, out, out_row):
+    """Add what the offsets of all values make to `rows` outputs."""
+    group_bytes = 4 * task.value_group
+    for r in range(rows):
+        for group in range(task.value_dim // task.value_group):
+            shift = splat(horizontal_sum(load(shifts + r * SHIFTS_ROW + group * VECTOR_BYTES)))
+            first = out + r * out_row + group * group_bytes
+            for at in range(first, first + group_bytes, VECTOR_BYTES):
+                store(at, add(load(at), shift))
 
 
 # ---- prefill ----------------------------------------------------------------------------------------------------

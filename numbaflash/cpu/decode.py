@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..problem import MAX_HEAD_DIM
-from .codes import is_quantized, score_quantized, weigh_quantized
+from .codes import SHIFTS_ROW, add_shifts, is_quantized, score_quantized, weigh_quantized
 from .emit import FLOAT32
 from .functions import LOG2E, exp2
 from .jit import kernel, native
@@ -59,7 +59,8 @@ _TILE = _OUT + 4 * MAX_DECODE_ROWS * MAX_HEAD_DIM
 _SCORES = _TILE + 4 * TILE_KEYS * MAX_HEAD_DIM
 _MAXIMA = _SCORES + MAX_DECODE_ROWS * _SCORE_ROW
 _SUMS = _MAXIMA + 4 * MAX_DECODE_ROWS
-DECODE_SCRATCH = _SUMS + 4 * MAX_DECODE_ROWS
+_SHIFTS = _SUMS + 4 * MAX_DECODE_ROWS
+DECODE_SCRATCH = _SHIFTS + MAX_DECODE_ROWS * SHIFTS_ROW
 
 
 @native
@@ -289,10 +290,12 @@ def softmax_row(scores, count):
 @native
 def weigh_split(task, sequence, kv_head, rows, begin, count, scratch, exact):
     """O += P V over the positions of a split; with `exact`, a weight of 0 takes nothing from a NaN or an infinity."""
-    weights, out, tile = scratch + _SCORES, scratch + _OUT, scratch + _TILE
+    weights, out, tile, shifts = scratch + _SCORES, scratch + _OUT, scratch + _TILE, scratch + _SHIFTS
     out_row = 4 * padded(task.value_dim)
     steps = out_row // VECTOR_BYTES
     together = 1 if exact or rows == 1 else ROWS_PER_SCORE
+    if task.codes != 0:
+        clear(shifts, rows * SHIFTS_ROW)
     stop = load_int(task.bounds + 8 * sequence + 8)
     run = skip_runs(task, sequence, load_int(task.bounds + 8 * sequence), begin)
     at = 0
@@ -318,6 +321,7 @@ def weigh_split(task, sequence, kv_head, rows, begin, count, scratch, exact):
                 _SCORE_ROW,
                 out,
                 out_row,
+                shifts,
                 tile,
             )
             low = at = high
@@ -346,6 +350,8 @@ def weigh_split(task, sequence, kv_head, rows, begin, count, scratch, exact):
             low += n
             at = low
         run += 1
+    if task.codes != 0:
+        add_shifts(task, rows, shifts, out, out_row)
 
 
 def partial_bytes(value_dim: int) -> int:

@@ -63,10 +63,10 @@ def _unpack(builder: ir.IRBuilder, address: ir.Value, bits: int) -> list[ir.Valu
 
 
 def _score_block(bits: int, rows: int, scaled: bool) -> Any:
-    """scores[row, key] = sum over elements of q[row] * code[key], for `rows` rows and LANES / rows keys.
+    """scores[row, key] = start[row] + sum over elements of q[row] * code[key], for `rows` rows and LANES / rows keys.
 
-    With `scaled`, a block's part counts as often as the float32 at `scales[block >> shift, key]` says.
-    Keys past `last` repeat key `last`.
+    `start` are vectors whose lanes are to be summed. With `scaled`, there are none, and a block's part counts as often
+    as the float32 at `scales[block >> shift, key]` says. Keys past `last` repeat key `last`.
     """
     keys = LANES // rows
 
@@ -79,6 +79,7 @@ def _score_block(bits: int, rows: int, scaled: bool) -> Any:
         q: ir.Value,
         q_row: ir.Value,
         blocks: ir.Value,
+        start: ir.Value,
         scales: ir.Value,
         scales_row: ir.Value,
         shift: ir.Value,
@@ -91,8 +92,12 @@ def _score_block(bits: int, rows: int, scaled: bool) -> Any:
             index = builder.select(builder.icmp_signed("<", wanted, last), wanted, last)
             key_at.append(builder.add(k, builder.mul(index, k_stride)))
         q_rows = strided(builder, q, q_row, rows)
-        start = [emit.constant(0.0, VECTOR)] * LANES
-        with counted_loop(builder, blocks, start) as (block, sums, following, totals):
+        if scaled:
+            first = [emit.constant(0.0, VECTOR)] * rows
+        else:
+            first = [emit.load_at(builder, emit.offset(builder, start, i * _VECTOR_BYTES), VECTOR) for i in range(rows)]
+        sums_before = [vector for vector in first for _ in range(keys)]
+        with counted_loop(builder, blocks, sums_before) as (block, sums, following, totals):
             k_offset = builder.mul(block, ir.Constant(I64, BLOCK * bits // 8))
             q_offset = builder.mul(block, ir.Constant(I64, 4 * BLOCK))
             queries = [
@@ -128,7 +133,7 @@ def _score_block(bits: int, rows: int, scaled: bool) -> Any:
             part = emit.shuffle(builder, result, result, list(range(row * keys, (row + 1) * keys)))
             emit.store_at(builder, at, part)
 
-    return instruction(types.void, (types.int64,) * 12, score)
+    return instruction(types.void, (types.int64,) * 13, score)
 
 
 def _value_block(bits: int, rows: int, blocks: int) -> Any:
@@ -191,17 +196,17 @@ wide_4_1, wide_4_rows = (_value_block(4, rows, _WIDE_BLOCKS) for rows in (1, ROW
 
 
 @native
-def score_codes(bits, rows, k, k_stride, last, ahead, q, q_row, blocks, scores, scores_row):
+def score_codes(bits, rows, k, k_stride, last, ahead, q, q_row, blocks, start, scores, scores_row):
     """Scores of LANES / rows keys without scales, for 1 or ROWS_PER_SCORE rows; see `_score_block`."""
     if bits == 8:
         if rows == 1:
-            score_8_1(k, k_stride, last, ahead, q, q_row, blocks, 0, 0, 0, scores, scores_row)
+            score_8_1(k, k_stride, last, ahead, q, q_row, blocks, start, 0, 0, 0, scores, scores_row)
         else:
-            score_8_4(k, k_stride, last, ahead, q, q_row, blocks, 0, 0, 0, scores, scores_row)
+            score_8_4(k, k_stride, last, ahead, q, q_row, blocks, start, 0, 0, 0, scores, scores_row)
     elif rows == 1:
-        score_4_1(k, k_stride, last, ahead, q, q_row, blocks, 0, 0, 0, scores, scores_row)
+        score_4_1(k, k_stride, last, ahead, q, q_row, blocks, start, 0, 0, 0, scores, scores_row)
     else:
-        score_4_4(k, k_stride, last, ahead, q, q_row, blocks, 0, 0, 0, scores, scores_row)
+        score_4_4(k, k_stride, last, ahead, q, q_row, blocks, start, 0, 0, 0, scores, scores_row)
 
 
 @native
@@ -211,13 +216,13 @@ def score_scaled_codes(
     """Scores of LANES / rows keys, each block times its scale, for 1 or ROWS_PER_SCORE rows; see `_score_block`."""
     if bits == 8:
         if rows == 1:
-            scaled_8_1(k, k_stride, last, ahead, q, q_row, blocks, scales, scales_row, shift, scores, scores_row)
+            scaled_8_1(k, k_stride, last, ahead, q, q_row, blocks, 0, scales, scales_row, shift, scores, scores_row)
         else:
-            scaled_8_4(k, k_stride, last, ahead, q, q_row, blocks, scales, scales_row, shift, scores, scores_row)
+            scaled_8_4(k, k_stride, last, ahead, q, q_row, blocks, 0, scales, scales_row, shift, scores, scores_row)
     elif rows == 1:
-        scaled_4_1(k, k_stride, last, ahead, q, q_row, blocks, scales, scales_row, shift, scores, scores_row)
+        scaled_4_1(k, k_stride, last, ahead, q, q_row, blocks, 0, scales, scales_row, shift, scores, scores_row)
     else:
-        scaled_4_4(k, k_stride, last, ahead, q, q_row, blocks, scales, scales_row, shift, scores, scores_row)
+        scaled_4_4(k, k_stride, last, ahead, q, q_row, blocks, 0, scales, scales_row, shift, scores, scores_row)
 
 
 @native
