@@ -100,7 +100,7 @@ def _offsets(task, scales, scales_at, offsets_at):
 
 @native
 def _widen_parameters(task, parameters, groups, between, count, ahead, scales, offsets):
-    """Lay `count` scales and offsets of all groups, `between` bytes apart, out as float32, _TOKENS_ROW bytes a group."""
+    """Lay out `count` scales and offsets of all groups, `between` bytes apart, as float32, _TOKENS_ROW apart."""
     for group in range(groups):
         for i in range(0, count, LANES):
             at = parameters + group * between + 2 * i
