@@ -12,8 +12,9 @@ __all__ = ["LN2", "LOG2E", "exp2", "tanh"]
 LOG2E = np.float32(1.4426950408889634)
 LN2 = 0.6931471805599453
 
-# 1.5 * 2^23: adding it rounds to an integer, which is then in the lowest bits of the sum.
-_ROUND = np.float32(12582912.0)
+# Adding 1.5 * 2^23 rounds to an integer n, which is then in the sum's lowest bits; with 127 more it is n + 127, the
+# exponent of 2^n.
+_ROUND = np.float32(12582912.0 + 127.0)
 _LOWEST, _HIGHEST = np.float32(-127), np.float32(127)
 
 # 2^x = 1 + x (a0 + a1 x + ... + a4 x^4) on [-1/2, 1/2]: the minimax polynomial of the relative error (Remez), 9.2e-8;

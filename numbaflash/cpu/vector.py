@@ -110,8 +110,7 @@ def _absolute(builder: ir.IRBuilder, a: ir.Value) -> ir.Value:
 
 def _power_of_two(builder: ir.IRBuilder, a: ir.Value) -> ir.Value:
     bits = ir.VectorType(I32, LANES)
-    exponent = builder.shl(builder.bitcast(a, bits), emit.constant(23, bits))
-    return builder.bitcast(builder.add(exponent, emit.constant(127 << 23, bits)), VECTOR)
+    return builder.bitcast(builder.shl(builder.bitcast(a, bits), emit.constant(23, bits)), VECTOR)
 
 
 _ONE, _TWO, _THREE = (FloatVector,), (FloatVector,) * 2, (FloatVector,) * 3
@@ -124,7 +123,7 @@ fma = instruction(FloatVector, _THREE, emit.multiply_add)
 maximum = instruction(FloatVector, _TWO, _larger)  # a where a > b, else b: a NaN in b stays
 minimum = instruction(FloatVector, _TWO, _smaller)  # a where a < b, else b: a NaN in b stays
 absolute = instruction(FloatVector, _ONE, _absolute)
-power_of_two = instruction(FloatVector, _ONE, _power_of_two)  # 2^n from the n in each lane's lowest bits; n = -127: 0
+power_of_two = instruction(FloatVector, _ONE, _power_of_two)  # 2^n from n + 127 in each lane's lowest bits; n = -127: 0
 
 less = instruction(Mask, _TWO, lambda builder, a, b: builder.fcmp_ordered("<", a, b))
 less_equal = instruction(Mask, _TWO, lambda builder, a, b: builder.fcmp_ordered("<=", a, b))
