@@ -62,14 +62,15 @@ def prefill(task_address, scratch):
 @native
 def attend_rows(task, sequence, kv_head, begin, end, scratch, exact):
     """Compute the outputs of rows `begin` to `end`; False, and nothing written, if they are not finite nor `exact`."""
+    run = load_int(task.bounds + 8 * sequence)
+    position = next_tile(task, sequence, begin, -1)
+    prefetch_tile(task, sequence, kv_head, run, position, 0, 1)
     for row in range(begin, end, PANEL_ROWS):
         panel, r = panel_of(sequence, kv_head, row, end), 4 * (row - begin)
         load_queries(task, panel, scratch + _QUERIES + r * MAX_HEAD_DIM, scratch + _STAGING)
         clear(scratch + _OUT + r * MAX_HEAD_DIM, padded(task.value_dim) * panel.vectors * VECTOR_BYTES)
         start_softmax(panel, scratch + _MAXIMA + r, scratch + _SUMS + r)
 
-    run = load_int(task.bounds + 8 * sequence)
-    position = next_tile(task, sequence, begin, -1)
     stop = tiles_end(task, sequence, end - 1)
     panels = (end - begin + PANEL_ROWS - 1) // PANEL_ROWS
     while position < stop:
