@@ -36,7 +36,17 @@ from .codes import (
 from .decode_score import score_row
 from .decode_variant import DECODE_PARAMETERS, DecodeVariant
 from .lane_groups import merge_lane_groups, sum_lanes
-from .paged_keys import ITEM_AT, ITEM_BYTES, RECORD_AT, RECORD_BYTES, Rows, key_address, list_keys
+from .paged_keys import (
+    ITEM_AT,
+    ITEM_BYTES,
+    RECORD_AT,
+    RECORD_BYTES,
+    Rows,
+    key_address,
+    key_position,
+    list_keys,
+    sees_key,
+)
 from .row_elements import IN_ORDER, PIECE, itemsize, load_elements
 from .softmax import NOTHING_SEEN
 
@@ -93,7 +103,7 @@ class CodeDecode:
     def kernel(self) -> Callable[..., None]:
         """Return the kernel, for Numba to compile with `signature`."""
         variant, pages, share, R = self.variant, _pages(self.variant), _share(self.variant), self.rows
-        MASKED, SINKS, score_key = variant.masked, variant.sinks, score_row(variant)
+        SINKS, score_key, sees = variant.sinks, score_row(variant), sees_key(masked=variant.masked)
         D, E, LANES, HOLDERS, EVEN = (
             variant.head_dim, share.elements, share.lanes, share.holders, share.lanes == share.holders
         )  # fmt: skip
@@ -118,7 +128,7 @@ class CodeDecode:
         load_channels = load_channel_factors(pages, D, share.floats)
         load_key_factors = load_token_factors(pages, range(N), N, D // KEY_GROUP)
         load_value_factors = load_token_factors(pages, range(N), N, D // VALUE_GROUP)
-        list_block, address_of = list_keys(), key_address(D * FLOAT_BYTES)
+        list_block, position_of, address_of = list_keys(), key_position(), key_address(D * FLOAT_BYTES)
         sum_group, merge_groups = sum_lanes(LANES), merge_lane_groups(LANES, R, E)
         write_rows = result.write(self.threads, variant.step_dtype, sinks=SINKS)
 
@@ -274,7 +284,7 @@ class CodeDecode:
             end = min(end - coded, keys.count)
             while number - thread // LANES < end:
                 there = number < end
-                position = number if number < keys.sinks else number - keys.sinks + keys.first
+                position = position_of(keys, number)
                 if there and exists:
                     if position >= keys.length:
                         token = int64(position - keys.length)
@@ -294,12 +304,7 @@ class CodeDecode:
                     token, score = score_key(
                         dot, min(first_row + r, last_row), behind, kv_head, group, slopes, entry, q_heads, factor, cap
                     )  # fmt: skip
-                    seen = there
-                    if MASKED:
-                        seen = (
-                            there and behind <= token and (behind > token - keys.window or position < keys.sink_tokens)
-                        )
-                    S[r * N] = score if seen else HIDDEN
+                    S[r * N] = score if there and sees(keys, token, behind, position) else HIDDEN
                 weigh_one(S, m, l, shift, O)
                 for r in range(R):
                     for i in range(E):

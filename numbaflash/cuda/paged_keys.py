@@ -30,7 +30,9 @@ __all__ = [
     "Listing",
     "Rows",
     "key_address",
+    "key_position",
     "list_keys",
+    "sees_key",
 ]
 
 RECORD = np.dtype(
@@ -122,6 +124,35 @@ def list_keys() -> Any:
         )  # fmt: skip
 
     return listing
+
+
+def key_position() -> Any:
+    """Return a device function (listing, number) -> position of a listed key."""
+
+    @cuda.jit(device=True, inline="always")
+    def position(listing, number):
+        return number if number < listing.sinks else number - listing.sinks + listing.first
+
+    return position
+
+
+def sees_key(*, masked: bool) -> Any:
+    """Return a device function (listing, token, behind, position) -> whether a query sees a listed key.
+
+    `token` counts from the first query, and so does `behind`: it is how far the key at `position` lies behind that.
+
+    Args:
+        masked: Not every row sees every key; where it does the answer is always yes.
+    """
+    MASKED = masked
+
+    @cuda.jit(device=True, inline="always")
+    def sees(listing, token, behind, position):
+        if not MASKED:
+            return True
+        return behind <= token and (behind > token - listing.window or position < listing.sink_tokens)
+
+    return sees
 
 
 def key_address(row_bytes: int) -> Any:

@@ -27,7 +27,17 @@ from . import fragments, products, ptx, softmax
 from .block_result import BlockPlace, BlockResult
 from .code_tiles import CodeTiles, store_piece
 from .decode_variant import DECODE_PARAMETERS, DecodeVariant
-from .paged_keys import ITEM_AT, ITEM_BYTES, RECORD_AT, RECORD_BYTES, Rows, key_address, list_keys
+from .paged_keys import (
+    ITEM_AT,
+    ITEM_BYTES,
+    RECORD_AT,
+    RECORD_BYTES,
+    Rows,
+    key_address,
+    key_position,
+    list_keys,
+    sees_key,
+)
 from .products import WarpTile
 from .row_elements import IN_ORDER, PIECE, load_elements
 from .softmax import LOG2_E, NOTHING_SEEN
@@ -106,7 +116,7 @@ class TensorDecode:
         """Return the kernel, for Numba to compile with `signature`."""
         variant = self.variant
         SOFTCAP, ALIBI, SINKS, CODED = variant.softcap, variant.alibi, variant.sinks, variant.codes is not None
-        MASKED = variant.masked or CODED  # a window may begin inside a page of codes
+        sees = sees_key(masked=variant.masked or CODED)  # a window may begin inside a page of codes
         CONVERTED, LARGEST = variant.step_dtype != variant.dtype, float32(65504)
         load_query = load_elements(IN_ORDER, variant.step_dtype)
         SCORED = variant.softcap or variant.alibi or variant.scaled
@@ -141,7 +151,7 @@ class TensorDecode:
             PAGE, WORDS = self.code_tiles.pages.page_size, max(key_moves.words, value_moves.words)
             KEY_FACTORS, VALUE_FACTORS = key_moves.factors, value_moves.factors
         total_rows = fragments.total_rows(2)
-        list_block, address_of = list_keys(), key_address(D * 2)
+        list_block, position_of, address_of = list_keys(), key_position(), key_address(D * 2)
         result = self.result
         PITCH, SUMS = result.pitch, result.sums
         write_rows = result.write(self.threads, variant.step_dtype, sinks=SINKS)
@@ -182,7 +192,7 @@ class TensorDecode:
                     number = int32(first + row + i * AT_ONCE)
                     # What does not exist reads nothing, but has an address all the same.
                     listed = min(number, int32(end - 1))
-                    position = listed if listed < keys.sinks else listed - keys.sinks + keys.first
+                    position = position_of(keys, listed)
                     if position >= keys.length:
                         source = tail + int64(position - keys.length) * token_stride
                     else:
@@ -290,14 +300,8 @@ class TensorDecode:
                             score = score * factor
                         if ALIBI:
                             score -= row_slopes[half] * float32(token - behind)
-                        seen = number - listed < end - first
-                        if MASKED:
-                            seen = (
-                                seen
-                                and behind <= token
-                                and (behind > token - keys.window or position < keys.sink_tokens)
-                            )
-                        S[at] = score if seen else HIDDEN
+                        there = number - listed < end - first
+                        S[at] = score if there and sees(keys, token, behind, position) else HIDDEN
                 lane_maxima(S, top)
                 if ptx.vote_any(outgrown(top, scale, m)):
                     raise_maxima(top, scale, m, l, O)

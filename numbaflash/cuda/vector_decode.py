@@ -24,7 +24,7 @@ from .block_result import BlockPlace, BlockResult
 from .decode_score import score_row
 from .decode_variant import DECODE_PARAMETERS, DecodeVariant
 from .lane_groups import merge_lane_groups, sum_lanes
-from .paged_keys import ITEM_AT, ITEM_BYTES, RECORD_BYTES, Rows, key_address, list_keys
+from .paged_keys import ITEM_AT, ITEM_BYTES, RECORD_BYTES, Rows, key_address, key_position, list_keys, sees_key
 from .row_elements import RowShare, itemsize, load_elements, round_elements
 from .softmax import NOTHING_SEEN
 
@@ -85,7 +85,7 @@ class VectorDecode:
     def kernel(self) -> Callable[..., None]:
         """Return the kernel, for Numba to compile with `signature`."""
         variant, share, R = self.variant, self.share, self.rows
-        MASKED, SINKS, score_key = variant.masked, variant.sinks, score_row(variant)
+        SINKS, score_key, sees = variant.sinks, score_row(variant), sees_key(masked=variant.masked)
         D, CHUNK, LANES, E, EVEN, CHUNKS = (
             variant.head_dim, share.chunk, share.lanes, share.elements, share.even, share.chunks
         )  # fmt: skip
@@ -97,10 +97,11 @@ class VectorDecode:
         result = self.result
         PITCH, SUMS = result.pitch, result.sums
         NOTHING = float32(NOTHING_SEEN)
-        load, load_step, round_step, list_block, address_of = (
+        load, load_step, round_step = (
             load_elements(share, variant.dtype), load_elements(share, variant.step_dtype),
-            round_elements(share, variant.dtype), list_keys(), key_address(ROW_BYTES),
+            round_elements(share, variant.dtype),
         )  # fmt: skip
+        list_block, position_of, address_of = list_keys(), key_position(), key_address(ROW_BYTES)
         sum_group, merge_groups = sum_lanes(LANES), merge_lane_groups(LANES, R, E)
         write_rows = result.write(self.threads, variant.step_dtype, sinks=SINKS)
 
@@ -141,7 +142,7 @@ class VectorDecode:
             number = ptx.load_global_b32(item + ITEM_AT.first) + thread // LANES
             while number - thread // LANES < end:
                 there = number < end
-                position = number if number < keys.sinks else number - keys.sinks + keys.first
+                position = position_of(keys, number)
                 if there and exists:
                     if position >= keys.length:
                         token = int64(position - keys.length)
@@ -169,12 +170,7 @@ class VectorDecode:
                     token, score = score_key(
                         dot, row, behind, kv_head, group, slopes, sequence, q_heads, factor, cap
                     )  # fmt: skip
-                    seen = there
-                    if MASKED:
-                        seen = (
-                            there and behind <= token and (behind > token - keys.window or position < keys.sink_tokens)
-                        )
-                    if seen:
+                    if there and sees(keys, token, behind, position):
                         top = ptx.maximum(m[r], score)
                         faded, weight = ptx.exp2(m[r] - top), ptx.exp2(score - top)
                         m[r], l[r] = top, l[r] * faded + weight
