@@ -11,13 +11,14 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from numbaflash_service import Client, RetryPolicy
-from numbaflash_service.errors import DrainingError, from_call
+from numbaflash_service.errors import DrainingError
 from numbaflash_service.v1 import attention_pb2 as pb
+
+from .plain_calls import refusal
 
 
 def test_a_stopping_server_answers_what_it_has_and_refuses_what_is_new(
@@ -40,16 +41,12 @@ def test_a_stopping_server_answers_what_it_has_and_refuses_what_is_new(
             (stock.Decode, step_request(session_id, qkv(1), position=1)),
             (stock.CreateSession, pb.CreateSessionRequest(shape=shape)),
         ):
-            with pytest.raises(grpc.RpcError) as caught:
-                refused(request)
-            assert isinstance(from_call(caught.value), DrainingError)
+            assert isinstance(refusal(refused, request), DrainingError)
         health = health_pb2_grpc.HealthStub(stock.channel)
         assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.NOT_SERVING
     assert call.result(timeout=20).position == 1
     assert next(stream).position == 1
-    with pytest.raises(grpc.RpcError) as caught:
-        next(stream)
-    assert from_call(caught.value).reason == "DRAINING"
+    assert refusal(next, stream).reason == "DRAINING"
     stopping.result(timeout=20)
 
 
@@ -63,9 +60,7 @@ def test_a_stop_does_not_wait_for_an_idle_stream(
     requests.put(step_request(stock.new_session(), qkv(1)))
     assert next(stream).position == 1
     server.stop()
-    with pytest.raises(grpc.RpcError) as caught:
-        next(stream)
-    assert from_call(caught.value).reason == "DRAINING"
+    assert refusal(next, stream).reason == "DRAINING"
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ import pytest
 import numbaflash
 from numbaflash_service.v1 import attention_pb2 as pb
 
+from .plain_calls import out
+
 TOKENS = 3
 
 
@@ -36,10 +38,6 @@ def waiting(server: Any, stock: Any, requests: list[pb.StepRequest]) -> list[Any
             calls.append(stock.Decode.future(request))
             server.wait_for_queue(i + 1)
     return [call.exception(timeout=20) or call.result() for call in calls]
-
-
-def out(answer: pb.StepResponse) -> np.ndarray:
-    return np.frombuffer(answer.payload, np.float32).reshape(answer.tensors[0].shape)
 
 
 def test_steps_that_wait_are_computed_together_to_the_bits_of_each_alone(

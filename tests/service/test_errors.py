@@ -15,6 +15,8 @@ from numbaflash_service import errors
 from numbaflash_service.errors import ServiceError, from_call, from_status, to_status
 from numbaflash_service.v1 import attention_pb2 as pb
 
+from .plain_calls import refusal
+
 CONTRACT = {
     "SESSION_UNKNOWN": grpc.StatusCode.NOT_FOUND,
     "SESSION_EXPIRED": grpc.StatusCode.NOT_FOUND,
@@ -119,18 +121,14 @@ def test_a_session_that_never_was_is_unknown(stock: Any, qkv: Any, step_request:
         (stock.Decode, step_request(session_id, qkv(1))),
         (stock.CloseSession, pb.CloseSessionRequest(session_id=session_id)),
     ):
-        with pytest.raises(grpc.RpcError) as caught:
-            call(request)
-        assert isinstance(from_call(caught.value), errors.SessionUnknownError)
+        assert isinstance(refusal(call, request), errors.SessionUnknownError)
 
 
 def test_a_closed_session_is_unknown_and_may_be_closed_again(stock: Any, qkv: Any, step_request: Any) -> None:
     session_id = stock.new_session()
     for _ in range(2):
         stock.CloseSession(pb.CloseSessionRequest(session_id=session_id))
-    with pytest.raises(grpc.RpcError) as caught:
-        stock.Decode(step_request(session_id, qkv(1)))
-    assert from_call(caught.value).reason == "SESSION_UNKNOWN"
+    assert refusal(stock.Decode, step_request(session_id, qkv(1))).reason == "SESSION_UNKNOWN"
 
 
 @pytest.mark.parametrize("name", ["Snapshot", "Restore"])

@@ -16,11 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from numbaflash_service import principals
-from numbaflash_service.errors import QueueFullError, QuotaError, ServiceError, from_call
+from numbaflash_service.errors import QueueFullError, QuotaError, from_call
 from numbaflash_service.limits import Limit
 from numbaflash_service.principals import Principal, TokenBucket
 from numbaflash_service.turns import Turns
 from numbaflash_service.v1 import attention_pb2 as pb
+
+from .plain_calls import refusal
 
 ALICE, BOB, CAROL = PRINCIPALS = [Principal(name) for name in ("alice", "bob", "carol")]
 
@@ -102,9 +104,7 @@ def test_calls_under_way_are_bounded_streams_included(
         )
         calls = server.server._servicer._door.calls
         server.wait_until(lambda: calls.used == 2)
-        with pytest.raises(grpc.RpcError) as caught:
-            stock.GetInfo(pb.GetInfoRequest())
-        error = from_call(caught.value)
+        error = refusal(stock.GetInfo, pb.GetInfoRequest())
         assert isinstance(error, QueueFullError)
         assert error.retry_after
     creating.result(timeout=20)
@@ -214,12 +214,6 @@ def test_one_caller_cannot_fill_the_queue(two_callers: Any, qkv: Any, step_reque
     assert [call.result(timeout=20).position for call in calls] == [1] * 5
 
 
-def refusal(call: Any, request: Any) -> ServiceError:
-    with pytest.raises(grpc.RpcError) as caught:
-        call(request)
-    return from_call(caught.value)
-
-
 def test_a_step_that_waited_too_long_is_refused_and_changes_nothing(
     start_server: Any, connect_stock: Any, qkv: Any, step_request: Any
 ) -> None:
@@ -243,7 +237,7 @@ def test_every_caller_has_a_share_of_sessions_and_of_their_memory(two_callers: A
     for quota in ({"quota_sessions": 2}, {"quota_kv_memory": 200_000}):
         server, alice, bob = two_callers(**quota)
         held = [alice.new_session() for _ in range(2)]
-        error = refusal_of_session(alice)
+        error = refusal(alice.new_session)
         assert (error.reason, error.code) == ("QUOTA", grpc.StatusCode.RESOURCE_EXHAUSTED)
         assert 0.1 <= (error.retry_after or 0) <= 10.0
         bob.new_session()
@@ -253,15 +247,9 @@ def test_every_caller_has_a_share_of_sessions_and_of_their_memory(two_callers: A
         assert {name: owner.sessions for name, owner in principals.items()} == {"alice": 2, "bob": 1}
 
 
-def refusal_of_session(stock: Any, **shape: Any) -> ServiceError:
-    with pytest.raises(grpc.RpcError) as caught:
-        stock.new_session(**shape)
-    return from_call(caught.value)
-
-
 def test_a_session_larger_than_a_callers_share_is_not_worth_a_retry(two_callers: Any) -> None:
     _, alice, _ = two_callers(quota_kv_memory=100_000)
-    error = refusal_of_session(alice, capacity=4096)
+    error = refusal(alice.new_session, capacity=4096)
     assert (error.reason, error.retry_after) == ("QUOTA", None)
 
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from numbaflash_service import replay
-from numbaflash_service.errors import KVBudgetError, PositionMismatchError, from_call
+from numbaflash_service.errors import KVBudgetError, PositionMismatchError
 from numbaflash_service.replay import Answer, Answers
 from numbaflash_service.v1 import attention_pb2 as pb
 
+from .plain_calls import refusal
+
 
 def mismatch(call: Any, request: pb.StepRequest) -> PositionMismatchError:
-    with pytest.raises(grpc.RpcError) as caught:
-        call(request)
-    error = from_call(caught.value)
+    error = refusal(call, request)
     assert isinstance(error, PositionMismatchError)
     return error
 

@@ -19,6 +19,8 @@ from numbaflash_service.backlog import Backlog, Errand
 from numbaflash_service.principals import Principal
 from numbaflash_service.steps import Step
 
+from .plain_calls import out
+
 SMALL = 9
 ALICE, BOB = Principal("alice"), Principal("bob")
 
@@ -50,10 +52,6 @@ def in_process(*steps: dict[str, np.ndarray]) -> np.ndarray:
     """What the last of some steps gives."""
     cache = numbaflash.RingKVCache(2, 2, 16, capacity=64, dtype="float32")
     return [cache.step(0, **step) for step in steps][-1]
-
-
-def out(answer: Any) -> np.ndarray:
-    return np.frombuffer(answer.payload, np.float32).reshape(answer.tensors[0].shape)
 
 
 def test_a_session_is_answered_while_anothers_prefill_is_computed(

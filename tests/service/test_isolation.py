@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from numbaflash.cache.pages import PagePool
-from numbaflash_service.errors import ServiceError, from_call, from_status
+from numbaflash_service.errors import ServiceError, from_status
 from numbaflash_service.v1 import attention_pb2 as pb
+
+from .plain_calls import refusal
 
 METHODS = pb.DESCRIPTOR.services_by_name["Attention"].methods_by_name
 OF_A_SESSION = [name for name, method in METHODS.items() if "session_id" in method.input_type.fields_by_name]
@@ -39,13 +41,11 @@ def bob(shared_server: Any, connect_stock: Callable[..., Any]) -> Any:
     return connect_stock(shared_server, token="bob")
 
 
-def refusal(stock: Any, name: str, request: Any) -> ServiceError:
+def refusal_of(stock: Any, name: str, request: Any) -> ServiceError:
     if METHODS[name].client_streaming:
         (answer,) = stock.Attend(iter([request]))
         return from_status(answer.error)
-    with pytest.raises(grpc.RpcError) as caught:
-        getattr(stock, name)(request)
-    return from_call(caught.value)
+    return refusal(getattr(stock, name), request)
 
 
 def request_for(name: str, session_id: str, step: pb.StepRequest) -> Any:
@@ -65,7 +65,7 @@ def test_another_callers_session_is_refused_in_the_words_of_one_that_never_was(
         errors = []
         for target in (session_id, "0" * 32):
             step = step_request(target, qkv(5), position=position, request_id=request_id)
-            errors.append(refusal(bob, name, request_for(name, target, step)))
+            errors.append(refusal_of(bob, name, request_for(name, target, step)))
         mine, nobodys = errors
         assert (mine.reason, mine.code) == ("SESSION_UNKNOWN", grpc.StatusCode.NOT_FOUND)
         assert (type(mine), mine.args, mine.retry_after) == (type(nobodys), nobodys.args, nobodys.retry_after)
@@ -79,8 +79,8 @@ def test_another_callers_lost_session_never_was_either(
     session_id = alice.new_session()
     alice.CloseSession(pb.CloseSessionRequest(session_id=session_id))
     step = step_request(session_id, qkv(1))
-    assert "was closed" in refusal(alice, "Decode", step).message
-    error = refusal(bob, name, request_for(name, session_id, step))
+    assert "was closed" in refusal_of(alice, "Decode", step).message
+    error = refusal_of(bob, name, request_for(name, session_id, step))
     assert (error.reason, error.message) == ("SESSION_UNKNOWN", "there is no such session")
 
 
@@ -91,7 +91,7 @@ def test_a_session_that_is_busy_looks_no_different_to_others(
     with shared_server.engine_held():
         waiting = alice.Decode.future(step_request(session_id, qkv(1)))
         shared_server.wait_for_queue(1)
-        assert refusal(bob, "Decode", step_request(session_id, qkv(1))).reason == "SESSION_UNKNOWN"
+        assert refusal_of(bob, "Decode", step_request(session_id, qkv(1))).reason == "SESSION_UNKNOWN"
     assert waiting.result(timeout=20).position == 1
 
 
@@ -115,7 +115,7 @@ def test_snapshots_are_their_callers_own(alice: Any, bob: Any, qkv: Any, step_re
         lengths[stock] = stock.Restore(pb.RestoreRequest(name="one-name")).usable_tokens
     assert lengths == {alice: 5, bob: 3}
     alice.Snapshot(pb.SnapshotRequest(session_id=alice.new_session(), name="alices"))
-    of_alice, nobodys = (refusal(bob, "Restore", pb.RestoreRequest(name=name)) for name in ("alices", "nobodys"))
+    of_alice, nobodys = (refusal_of(bob, "Restore", pb.RestoreRequest(name=name)) for name in ("alices", "nobodys"))
     assert of_alice.code is grpc.StatusCode.NOT_FOUND
     assert (type(of_alice), of_alice.args) == (type(nobodys), nobodys.args)
 

@@ -18,17 +18,12 @@ from numbaflash_service.errors import (
     PositionMismatchError,
     ServiceError,
     SessionUnknownError,
-    from_call,
 )
 from numbaflash_service.v1 import attention_pb2 as pb
 
+from .plain_calls import refusal
+
 SHAPE = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "capacity": 64, "dtype": "float32"}
-
-
-def fails(call: Any, request: Any) -> ServiceError:
-    with pytest.raises(grpc.RpcError) as caught:
-        call(request)
-    return from_call(caught.value)
 
 
 def pair(client: Client, **changes: Any) -> tuple[Any, numbaflash.RingKVCache]:
@@ -122,7 +117,7 @@ def test_a_step_that_arrives_after_its_position_was_freed_again_is_refused(
     late = step_request(session_id, qkv(1), position=5, request_id="b")
     stock.Decode(late)
     stock.Truncate(pb.TruncateRequest(session_id=session_id, length=5))
-    error = fails(stock.Decode, late)
+    error = refusal(stock.Decode, late)
     assert isinstance(error, PositionMismatchError)
     assert error.position == 5
     assert "epoch is 0" in error.message
@@ -135,9 +130,11 @@ def test_another_truncation_of_an_epoch_that_is_over_is_refused(stock: Any, qkv:
     session_id = stock.new_session(num_layers=1)
     stock.Prefill(step_request(session_id, qkv(8)))
     stock.Truncate(pb.TruncateRequest(session_id=session_id, length=6))
-    assert isinstance(fails(stock.Truncate, pb.TruncateRequest(session_id=session_id, length=5)), PositionMismatchError)
     assert isinstance(
-        fails(stock.Truncate, pb.TruncateRequest(session_id=session_id, length=6, epoch=7)), PositionMismatchError
+        refusal(stock.Truncate, pb.TruncateRequest(session_id=session_id, length=5)), PositionMismatchError
+    )
+    assert isinstance(
+        refusal(stock.Truncate, pb.TruncateRequest(session_id=session_id, length=6, epoch=7)), PositionMismatchError
     )
     assert stock.Truncate(pb.TruncateRequest(session_id=session_id, length=5, epoch=1)).epoch == 2
 
@@ -148,7 +145,7 @@ def test_answers_of_steps_that_were_taken_back_are_not_given_again(stock: Any, q
     stock.Truncate(pb.TruncateRequest(session_id=session_id, length=5))
     again = step_request(session_id, qkv(5), request_id="a")
     again.options.epoch = 1
-    assert isinstance(fails(stock.Prefill, again), PositionMismatchError)
+    assert isinstance(refusal(stock.Prefill, again), PositionMismatchError)
 
 
 def test_a_child_does_not_answer_the_parents_steps(stock: Any, qkv: Any, step_request: Any) -> None:
@@ -157,7 +154,7 @@ def test_a_child_does_not_answer_the_parents_steps(stock: Any, qkv: Any, step_re
     child = stock.Fork(pb.ForkRequest(session_id=session_id))
     assert (list(child.state.lengths), child.state.epoch) == ([5], 0)
     assert isinstance(
-        fails(stock.Prefill, step_request(child.session_id, qkv(5), request_id="a")), PositionMismatchError
+        refusal(stock.Prefill, step_request(child.session_id, qkv(5), request_id="a")), PositionMismatchError
     )
     assert stock.Prefill(step_request(session_id, qkv(5), request_id="a")).replayed
 
@@ -167,15 +164,15 @@ def test_a_step_in_flight_keeps_others_from_the_session(server: Any, stock: Any,
     with server.engine_held():
         step = stock.Decode.future(step_request(session_id, qkv(1)))
         server.wait_for_queue(1)
-        assert isinstance(fails(stock.Fork, pb.ForkRequest(session_id=session_id)), BusyError)
-        assert isinstance(fails(stock.Truncate, pb.TruncateRequest(session_id=session_id)), BusyError)
+        assert isinstance(refusal(stock.Fork, pb.ForkRequest(session_id=session_id)), BusyError)
+        assert isinstance(refusal(stock.Truncate, pb.TruncateRequest(session_id=session_id)), BusyError)
     assert step.result(timeout=20).position == 1
 
 
 @pytest.mark.parametrize("method", ["Fork", "Truncate"])
 def test_a_session_that_does_not_exist_is_unknown(stock: Any, method: str) -> None:
     request = getattr(pb, f"{method}Request")(session_id="0" * 32)
-    assert isinstance(fails(getattr(stock, method), request), SessionUnknownError)
+    assert isinstance(refusal(getattr(stock, method), request), SessionUnknownError)
 
 
 def test_a_child_whose_caller_went_away_is_ended(server: Any, stock: Any) -> None:
@@ -189,7 +186,7 @@ def test_a_child_whose_caller_went_away_is_ended(server: Any, stock: Any) -> Non
         stock.GetInfo(pb.GetInfoRequest())  # behind the cancellation, on the same connection
         (child,) = {session.id for session in table} - before
     server.wait_until(lambda: len(table) == len(before))
-    assert isinstance(fails(stock.Truncate, pb.TruncateRequest(session_id=child)), SessionUnknownError)
+    assert isinstance(refusal(stock.Truncate, pb.TruncateRequest(session_id=child)), SessionUnknownError)
     assert stock.Truncate(pb.TruncateRequest(session_id=session_id)).epoch == 1
 
 
@@ -228,6 +225,6 @@ def test_a_truncation_whose_answer_is_lost_is_settled_before_the_next_call(
 
 def test_the_field_at_fault_is_named(stock: Any) -> None:
     session_id = stock.new_session()
-    error = fails(stock.Truncate, pb.TruncateRequest(session_id=session_id, length=1))
+    error = refusal(stock.Truncate, pb.TruncateRequest(session_id=session_id, length=1))
     assert isinstance(error, BadTensorError)
     assert error.field == "length"

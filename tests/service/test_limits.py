@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,11 +18,12 @@ from numbaflash_service.errors import (
     QuotaError,
     ServiceError,
     SessionExpiredError,
-    from_call,
 )
 from numbaflash_service.principals import Principal
 from numbaflash_service.sessions import SessionTable, Shape
 from numbaflash_service.v1 import attention_pb2 as pb
+
+from .plain_calls import refusal
 
 ONCE = RetryPolicy(attempts=1)
 MIB = 1 << 20
@@ -140,9 +140,7 @@ def test_waiting_steps_are_bounded_by_number_and_by_bytes(
         with server.engine_held():
             calls = [stock.Prefill.future(request) for request in requests[:2]]
             server.wait_for_queue(2)
-            with pytest.raises(grpc.RpcError) as caught:
-                stock.Prefill(requests[2])
-            error = from_call(caught.value)
+            error = refusal(stock.Prefill, requests[2])
             assert isinstance(error, QueueFullError)
             assert error.retry_after is not None
         assert [call.result(timeout=20).position for call in calls] == [1200, 1200]

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from numbaflash_service import Client, RetryPolicy, records
@@ -16,10 +15,10 @@ from numbaflash_service.errors import (
     KVBudgetError,
     SessionEvictedError,
     SessionExpiredError,
-    from_call,
 )
 from numbaflash_service.v1 import attention_pb2 as pb
 
+from .plain_calls import refusal
 from .twins import KV_MEMORY, SHAPE, Twin, tokens
 
 ONCE = RetryPolicy(attempts=1)
@@ -267,9 +266,7 @@ def test_a_step_that_waits_for_its_session_keeps_other_calls_off(
             (stock.Truncate, pb.TruncateRequest(session_id=session_id)),
             (stock.Fork, pb.ForkRequest(session_id=session_id)),
         ):
-            with pytest.raises(grpc.RpcError) as caught:
-                method(request)
-            assert isinstance(from_call(caught.value), BusyError)
+            assert isinstance(refusal(method, request), BusyError)
     assert step.result(timeout=20).position == 3
 
 
@@ -285,9 +282,7 @@ def test_a_session_closed_on_its_way_leaves_no_bytes_behind(
         closing = stock.CloseSession.future(pb.CloseSessionRequest(session_id=session_id))
         server.wait_until(lambda: session_id not in server.server._servicer._table._sessions)
     closing.result(timeout=20)
-    with pytest.raises(grpc.RpcError) as caught:
-        step.result(timeout=20)
-    assert from_call(caught.value).reason == "SESSION_UNKNOWN"
+    assert refusal(step.result, timeout=20).reason == "SESSION_UNKNOWN"
     for other in others:
         stock.CloseSession(pb.CloseSessionRequest(session_id=other))
     usage = stock.GetInfo(pb.GetInfoRequest()).usage

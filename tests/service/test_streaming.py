@@ -13,8 +13,10 @@ import grpc
 import numpy as np
 import pytest
 
-from numbaflash_service.errors import from_call, from_status
+from numbaflash_service.errors import from_status
 from numbaflash_service.v1 import attention_pb2 as pb
+
+from .plain_calls import refusal
 
 
 class Stream:
@@ -189,9 +191,7 @@ def test_a_second_writer_of_a_session_is_busy_and_may_come_again(
     with server.engine_held():
         stream.send(step_request(session_id, qkv(1), request_id="first"))
         server.wait_for_queue(1)
-        with pytest.raises(grpc.RpcError) as caught:
-            stock.Decode(step_request(session_id, qkv(1), layer=1))
-        error = from_call(caught.value)
+        error = refusal(stock.Decode, step_request(session_id, qkv(1), layer=1))
     assert (error.reason, error.code) == ("BUSY", grpc.StatusCode.ABORTED)
     assert error.retry_after is not None
     assert stream.receive().position == 1

@@ -12,16 +12,12 @@ from google.protobuf.duration_pb2 import Duration
 from hypothesis import given
 from hypothesis import strategies as st
 
-from numbaflash_service.errors import BadTensorError, ServiceError, from_call
+from numbaflash_service.errors import BadTensorError, from_call
 from numbaflash_service.v1 import attention_pb2 as pb
 
+from .plain_calls import refusal
+
 SHAPE = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "capacity": 64, "dtype": "float32"}
-
-
-def refusal(call: Callable[..., Any], request: Any) -> ServiceError:
-    with pytest.raises(grpc.RpcError) as caught:
-        call(request)
-    return from_call(caught.value)
 
 
 def outcome(call: Callable[..., Any], request: Any) -> str | None:
