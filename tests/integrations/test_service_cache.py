@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,33 +10,19 @@ import grpc
 import pytest
 import torch
 import transformers
+from running_server import RunningServer
 
 from numbaflash.integrations.transformers import RingCache, ServiceCache, register
 from numbaflash_service import Client, ServiceError, Session
-from numbaflash_service.config import load
-from numbaflash_service.server import Server
 
 register()
 
 
 @pytest.fixture(scope="module")
 def target() -> Iterator[str]:
-    """A server on a thread of its own."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-
-    async def start() -> Server:
-        server = Server(load(listen=["127.0.0.1:0"], grace=2.0))
-        await server.start()
-        return server
-
-    server = asyncio.run_coroutine_threadsafe(start(), loop).result(timeout=300)
-    yield server.addresses[0]
-    asyncio.run_coroutine_threadsafe(server.stop(), loop).result(timeout=30)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+    server = RunningServer()
+    yield server.target
+    server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import queue
-import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -61,25 +60,6 @@ def test_a_stop_does_not_wait_for_an_idle_stream(
     assert next(stream).position == 1
     server.stop()
     assert refusal(next, stream).reason == "DRAINING"
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
-    processes = []
-
-    def start(*flags: str) -> tuple[subprocess.Popen[str], str]:
-        command = [sys.executable, "-c", "from numbaflash_service.cli import main; main()", "serve", *flags]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        processes.append(process)
-        line = process.stdout.readline()
-        ready = re.fullmatch(r"numbaflash serves on (\S+)\n", line)
-        assert ready, line + process.stderr.read()
-        return process, ready[1]
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -6,14 +6,13 @@ import asyncio
 import errno
 import itertools
 import os
-import re
 import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -267,7 +266,7 @@ def test_a_server_starts_beside_files_that_it_cannot_use(start_server: Any, conf
 # Runs the command line, with a file of the service's killing the process at the COUNTth call of os.CALL.
 KILLER = """
 import os, signal, sys
-call, left = sys.argv.pop(1), int(sys.argv.pop(1))
+call, left = "CALL", COUNT
 original = getattr(os, call)
 def killing(*arguments, **options):
     global left
@@ -284,23 +283,16 @@ main()
 
 
 @pytest.fixture
-def serve(config: dict[str, Any]) -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
-    processes = []
-
+def start_process(serve: Any, config: dict[str, Any]) -> Callable[..., tuple[subprocess.Popen[str], str]]:
     def start(kill_at: tuple[str, int] = ("pwrite", 0), **options: Any) -> tuple[subprocess.Popen[str], str]:
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in config.items() if name != "listen"]
-        command = [sys.executable, "-c", KILLER, kill_at[0], str(kill_at[1]), "serve", *flags]
-        command += ["--listen", config["listen"][0]]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-        processes.append(process)
-        ready = re.fullmatch(r"numbaflash serves on (\S+)\n", process.stdout.readline())
-        assert ready, process.stderr.read()
-        return process, ready[1]
+        script = KILLER.replace("CALL", kill_at[0]).replace("COUNT", str(kill_at[1]))
+        started: tuple[subprocess.Popen[str], str] = serve(
+            *flags, "--listen", config["listen"][0], script=script, **options
+        )
+        return started
 
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
+    return start
 
 
 def go_on(client: Client, twin: Twin) -> bool:
@@ -325,9 +317,9 @@ def go_on(client: Client, twin: Twin) -> bool:
     ],
 )
 def test_killed_while_it_spills(
-    serve: Any, start_server: Any, config: dict[str, Any], kill_at: tuple[str, int], survives: bool
+    start_process: Any, start_server: Any, config: dict[str, Any], kill_at: tuple[str, int], survives: bool
 ) -> None:
-    process, target = serve(kill_at)
+    process, target = start_process(kill_at)
     with Client(target, retry=ONCE, timeout=20.0) as client:
         twins = [new_twin(client), new_twin(client)]
         for seed, twin in enumerate(twins):
@@ -350,9 +342,9 @@ def test_killed_while_it_spills(
 
 @pytest.mark.parametrize("kill_at", [("pwrite", 60), ("replace", 2), ("fsync", 4)])
 def test_killed_while_it_writes_a_snapshot(
-    serve: Any, start_server: Any, config: dict[str, Any], kill_at: tuple[str, int]
+    start_process: Any, start_server: Any, config: dict[str, Any], kill_at: tuple[str, int]
 ) -> None:
-    process, target = serve(kill_at)
+    process, target = start_process(kill_at)
     with Client(target, retry=ONCE, timeout=20.0) as client:
         twin = new_twin(client)
         twin.step(600)
@@ -376,8 +368,8 @@ def test_killed_while_it_writes_a_snapshot(
             client.restore("b")
 
 
-def test_killed_among_steps(serve: Any, start_server: Any, config: dict[str, Any]) -> None:
-    process, target = serve()
+def test_killed_among_steps(start_process: Any, start_server: Any, config: dict[str, Any]) -> None:
+    process, target = start_process()
     with Client(target, retry=ONCE, timeout=20.0) as client:
         twins = [new_twin(client) for _ in range(4)]
         killer = threading.Timer(0.7, process.kill)
@@ -403,11 +395,11 @@ def test_killed_among_steps(serve: Any, start_server: Any, config: dict[str, Any
         assert there
 
 
-def test_a_disk_that_is_full_for_real(serve: Any, config: dict[str, Any]) -> None:
+def test_a_disk_that_is_full_for_real(start_process: Any, config: dict[str, Any]) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # what it is above fails with EFBIG
 
-    process, target = serve(preexec_fn=limit)
+    process, target = start_process(preexec_fn=limit)
     with Client(target, retry=ONCE) as client:
         small, large = new_twin(client), new_twin(client)
         large.step(600)
