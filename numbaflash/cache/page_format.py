@@ -8,31 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BITS", "GROUP_SIZES", "PageFormat", "Quantized"]
+from ..cpu.encode import encode
+
+__all__ = ["BITS", "GROUP_SIZES", "PageFormat", "inverses_of", "offsets_of"]
 
 # Storage dtypes by name, and the bits of a code.
 BITS = {"int8": 8, "int4": 4}
 GROUP_SIZES = (32, 64, 128)
 
-_BLOCK = 32
 _PARAMETER = np.dtype(np.float16)
-
-
-class Quantized(NamedTuple):
-    """Codes of (pages, tokens, kv_heads, head_dim) keys or values, and what they mean.
-
-    `scales` and `offsets`, float16, are (pages, kv_heads, head_dim) by channel or (pages, tokens, kv_heads, groups);
-    `offsets` is None where codes are symmetric.
-    """
-
-    codes: NDArray[np.uint8]
-    scales: NDArray[np.float16]
-    offsets: NDArray[np.float16] | None
 
 
 @dataclass(frozen=True)
@@ -83,31 +71,56 @@ class PageFormat:
         """Bytes of a page."""
         return self.kv_heads * (self.key_nbytes + self.value_nbytes)
 
-    def pack(self, keys: Quantized, values: Quantized) -> NDArray[np.uint8]:
-        """Lay whole pages out, (pages, page_nbytes)."""
-        pages = len(keys.codes)
-        packed = np.empty((pages, self.page_nbytes), np.uint8)
+    def parts(self, pages: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Return views of whole pages, (n, page_nbytes): keys and values, (n, kv_heads, bytes) each."""
         split = self.kv_heads * self.key_nbytes
-        self._pack(packed[:, :split].reshape(pages, self.kv_heads, -1), keys)
-        self._pack(packed[:, split:].reshape(pages, self.kv_heads, -1), values)
-        return packed
+        keys, values = pages[:, :split], pages[:, split:]
+        return keys.reshape(len(pages), self.kv_heads, -1), values.reshape(len(pages), self.kv_heads, -1)
 
-    def _pack(self, target: NDArray[np.uint8], content: Quantized) -> None:
-        codes = content.codes.swapaxes(1, 2)
-        if self.bits == 4:
-            halves = codes.reshape(*codes.shape[:3], -1, 2, _BLOCK // 2)
-            codes = halves[..., 0, :] | halves[..., 1, :] << np.uint8(4)
-        pages = len(codes)
-        target[:, :, : self.codes_nbytes] = codes.reshape(pages, self.kv_heads, -1)
+    def write_part(
+        self,
+        part: NDArray[np.uint8],
+        x: NDArray[np.float32],
+        group: int,
+        scales: NDArray[np.float16],
+        offsets: NDArray[np.float16] | None,
+    ) -> None:
+        """Quantize keys or values of whole pages.
+
+        Args:
+            part: Of `parts`, written.
+            x: (n, page_size, kv_heads, head_dim), contiguous.
+            group: `key_group` or `value_group`.
+            scales: (n, kv_heads, head_dim) by channel, else (n, page_size, kv_heads, groups).
+            offsets: Likewise; None where codes are symmetric.
+        """
+        pages, page_size, kv_heads, head_dim = x.shape
+        inverses, zeros = inverses_of(scales), offsets_of(scales, offsets, self.bits)
+        tables = inverses.ctypes.data, zeros.ctypes.data
+        places = part.ctypes.data, *part.strides[:2]
+        encode(x.ctypes.data, pages, page_size, kv_heads, head_dim, group, *tables, self.bits, *places)
         at = self.codes_nbytes
-        for parameters in (content.scales, content.offsets):
+        for parameters in (scales, offsets):
             if parameters is None:
                 continue
-            if parameters.ndim == 4:
+            if group:
                 parameters = parameters.transpose(0, 2, 3, 1)
-            raw = np.ascontiguousarray(parameters).reshape(pages, self.kv_heads, -1).view(np.uint8)
-            target[:, :, at : at + raw.shape[-1]] = raw
+            raw = np.ascontiguousarray(parameters).reshape(pages, kv_heads, -1).view(np.uint8)
+            part[:, :, at : at + raw.shape[-1]] = raw
             at += raw.shape[-1]
 
     def _parameters_nbytes(self, scales: int) -> int:
         return scales * _PARAMETER.itemsize * (1 if self.symmetric else 2)
+
+
+def inverses_of(scales: NDArray[np.float16]) -> NDArray[np.float32]:
+    """Return 1 / scale; 0 where a scale is 0."""
+    wide = scales.astype(np.float32)
+    return np.divide(np.float32(1), wide, out=np.zeros_like(wide), where=wide > 0)
+
+
+def offsets_of(scales: NDArray[np.float16], offsets: NDArray[np.float16] | None, bits: int) -> NDArray[np.float32]:
+    """Return the offsets, which follow from the scales where codes are symmetric."""
+    if offsets is not None:
+        return offsets.astype(np.float32)
+    return scales.astype(np.float32) * np.float32(-(2 ** (bits - 1)))

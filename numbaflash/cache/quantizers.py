@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import as_numpy
-from ..cpu.fit import encode, half_quadratic
+from ..cpu.encode import transpose, widen
+from ..cpu.fit import half_quadratic, squared_errors
 from .channel_scales import ROTARY, Seen, search_channel_scales
-from .page_format import BITS, GROUP_SIZES, PageFormat, Quantized
+from .page_format import BITS, GROUP_SIZES, PageFormat, inverses_of, offsets_of
 
 __all__ = ["AWQQuantizer", "GroupQuantizer", "HQQQuantizer", "Quantizer", "quantizer_of"]
 
@@ -124,10 +125,13 @@ class Quantizer(ABC):
 
         A page's bytes depend on its own content alone.
         """
-        return page_format.pack(
-            self._quantize(keys, page_format.bits, page_format.key_group),
-            self._quantize(values, page_format.bits, page_format.value_group),
-        )
+        pages = np.empty((len(keys), page_format.page_nbytes), np.uint8)
+        groups = page_format.key_group, page_format.value_group
+        for part, x, group in zip(page_format.parts(pages), (keys, values), groups, strict=True):
+            wide = _widened(x)
+            scales, offsets = self._parameters(wide, page_format.bits, group)
+            page_format.write_part(part, wide, group, scales, offsets)
+        return pages
 
     @abstractmethod
     def fit(self, x: _Floats, top: int) -> tuple[_Floats, _Floats]:
@@ -141,28 +145,24 @@ class Quantizer(ABC):
             (batch, groups) each. Where the quantizer is symmetric, offsets are not looked at.
         """
 
-    def dequantized(self, x: NDArray[Any], bits: int, group: int) -> _Floats:
+    def dequantized(self, x: _Floats, bits: int, group: int) -> _Floats:
         """Return what (tokens, Hkv, D) become once they were quantized by groups of so many elements of a token."""
-        codes, scales, offsets = self._quantize(x[None], bits, group)
-        wide = scales.astype(np.float32)
-        zeros = wide * np.float32(-(2 ** (bits - 1))) if offsets is None else offsets.astype(np.float32)
-        elements: _Floats = wide[..., None] * codes.reshape(*scales.shape, group) + zeros[..., None]
+        scales, offsets = self._parameters(x[None], bits, group)
+        zeros = offsets_of(scales, offsets, bits)[..., None]
+        steps = (x.reshape(*scales.shape, group) - zeros) * inverses_of(scales)[..., None]
+        codes = np.clip(np.rint(steps), 0, 2**bits - 1)
+        elements: _Floats = scales.astype(np.float32)[..., None] * codes + zeros
         return elements.reshape(x.shape)
 
-    def _quantize(self, x: NDArray[Any], bits: int, group: int) -> Quantized:
-        """Quantize (pages, tokens, Hkv, D) by groups of so many elements of a token, or by channels (0)."""
+    def _parameters(self, x: _Floats, bits: int, group: int) -> tuple[NDArray[np.float16], NDArray[np.float16] | None]:
+        """Scales and offsets of (pages, tokens, Hkv, D), contiguous, as `PageFormat.write_part` takes them."""
         pages, tokens, kv_heads, head_dim = x.shape
         if group == 0:
-            grouped = np.ascontiguousarray(x.reshape(pages, tokens, -1), np.float32)
+            grouped, shape = x.reshape(pages, tokens, -1), (pages, kv_heads, head_dim)
         else:
-            grouped = np.ascontiguousarray(x.reshape(-1, group).T[None], np.float32)
+            grouped, shape = _transposed(x.reshape(-1, group))[None], (pages, tokens, kv_heads, head_dim // group)
         scales, offsets = _rounded(self.fit(grouped, 2**bits - 1))
-        codes, _ = _encode(grouped, 2**bits - 1, scales, None if self.symmetric else offsets)
-        shape: tuple[int, ...] = (pages, kv_heads, head_dim)
-        if group:
-            codes, shape = codes[0].T, (pages, tokens, kv_heads, head_dim // group)
-        codes = codes.reshape(x.shape)
-        return Quantized(codes, scales.reshape(shape), None if self.symmetric else offsets.reshape(shape))
+        return scales.reshape(shape), None if self.symmetric else offsets.reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class HQQQuantizer(Quantizer):
         middle = np.float32(_middle(top) if self.symmetric else 0)
         half_quadratic(x, scales, offsets, np.float32(top), middle, self.symmetric, _ROUNDS)
         fits = [_rounded(fit) for fit in (first, (scales, offsets))]
-        errors = [_encode(x, top, s, None if self.symmetric else o)[1] for s, o in fits]
+        errors = [_errors(x, top, s, None if self.symmetric else o) for s, o in fits]
         better = errors[1] < errors[0]
         (old_scales, old_offsets), (new_scales, new_offsets) = fits
         return np.where(better, new_scales, old_scales), np.where(better, new_offsets, old_offsets)
@@ -345,15 +345,27 @@ def _rounded(fit: tuple[_Floats, _Floats]) -> tuple[NDArray[np.float16], NDArray
     return scales.astype(np.float16), offsets.astype(np.float16)
 
 
-def _encode(
-    x: _Floats, top: int, scales: NDArray[np.float16], offsets: NDArray[np.float16] | None
-) -> tuple[NDArray[np.uint8], _Floats]:
-    """Codes of (batch, size, groups), and the sum of squared errors of each group."""
-    codes, errors = np.empty(x.shape, np.uint8), np.empty(scales.shape, np.float32)
-    wide = scales.astype(np.float32)
-    zeros = wide * np.float32(-_middle(top)) if offsets is None else offsets.astype(np.float32)
-    encode(x, wide, zeros, np.float32(top), codes, errors)
-    return codes, errors
+def _errors(x: _Floats, top: int, scales: NDArray[np.float16], offsets: NDArray[np.float16] | None) -> _Floats:
+    """Sums of squared errors of (batch, size, groups), for each group."""
+    errors = np.empty(scales.shape, np.float32)
+    zeros = offsets_of(scales, offsets, top.bit_length())
+    squared_errors(x, scales.astype(np.float32), zeros, np.float32(top), errors)
+    return errors
+
+
+def _widened(x: NDArray[np.float16]) -> _Floats:
+    """float32, in one piece."""
+    source = np.ascontiguousarray(x)
+    wide = np.empty(x.shape, np.float32)
+    widen(source.ctypes.data, x.size, wide.ctypes.data)
+    return wide
+
+
+def _transposed(x: _Floats) -> _Floats:
+    rows, columns = x.shape
+    turned = np.empty((columns, rows), np.float32)
+    transpose(x.ctypes.data, rows, columns, turned.ctypes.data)
+    return turned
 
 
 def _check_samples(q: NDArray[Any], k: NDArray[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Compiled loops of the quantizers: codes from scales and offsets, and better scales and offsets from codes.
+"""Compiled loops of the quantizers: how good scales and offsets are, and better ones.
 
 Groups lie side by side, (batch, size, groups): the inner loops run over groups and become vector code, and no sum is
 reassociated. They index slices, by the loop's own variable: an index that is computed could be negative, which Python
@@ -12,7 +12,7 @@ import numpy as np
 
 from .jit import kernel
 
-__all__ = ["all_finite", "encode", "half_quadratic"]
+__all__ = ["all_finite", "half_quadratic", "squared_errors"]
 
 _LANES = 64  # groups that are worked on together; their state fits into L1
 
@@ -28,15 +28,14 @@ def all_finite(halves):
 
 
 @kernel
-def encode(x, scales, offsets, top, codes, errors):
-    """Write the codes nearest to `x`, and the squared error of each group.
+def squared_errors(x, scales, offsets, top, errors):
+    """Write the squared error of each group, each element having the code that is nearest.
 
     Args:
         x: (batch, size, groups) float32.
         scales: (batch, groups) float32; where one is 0, the offset is all there is.
         offsets: (batch, groups) float32.
         top: Largest code, a float32.
-        codes: (batch, size, groups) uint8, written.
         errors: (batch, groups) float32, written.
     """
     zero = np.float32(0)
@@ -50,10 +49,9 @@ def encode(x, scales, offsets, top, codes, errors):
                 inverse[g] = np.float32(1) / scale[g] if scale[g] > 0 else zero
                 total[g] = zero
             for i in range(x.shape[1]):
-                values, written = x[b, i, first : first + lanes], codes[b, i, first : first + lanes]
+                values = x[b, i, first : first + lanes]
                 for g in range(lanes):
                     code = min(max(np.rint((values[g] - offset[g]) * inverse[g]), zero), top)
-                    written[g] = np.uint8(np.int32(code))  # by way of 32 bits, for which there is a vector instruction
                     error = values[g] - (scale[g] * code + offset[g])
                     total[g] += error * error
             errors[b, first : first + lanes] = total[:lanes]

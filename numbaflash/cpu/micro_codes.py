@@ -28,6 +28,7 @@ __all__ = [
     "load_low_codes",
     "score_codes",
     "score_scaled_codes",
+    "store_codes",
     "weigh_codes",
 ]
 
@@ -184,6 +185,16 @@ def _load(unpack: Any) -> Any:
 
 load_codes = _load(lambda builder, codes: builder.sitofp(codes, VECTOR))  # LANES codes of 8 bits as float32
 load_low_codes, load_high_codes = _load(_low), _load(_high)  # the lower and upper halves of LANES bytes
+
+
+def _store_codes(builder: ir.IRBuilder, address: ir.Value, codes: ir.Value) -> None:
+    whole = builder.fptosi(codes, ir.VectorType(I32, LANES))
+    emit.store_at(builder, address, builder.trunc(whole, ir.VectorType(ir.IntType(8), LANES)), align=1)
+
+
+store_codes = instruction(
+    types.void, (types.int64, FloatVector), _store_codes
+)  # whole numbers below 256 as LANES bytes
 
 score_8_1, score_8_4 = (_score_block(8, rows, scaled=False) for rows in (1, ROWS_PER_SCORE))
 score_4_1, score_4_4 = (_score_block(4, rows, scaled=False) for rows in (1, ROWS_PER_SCORE))
