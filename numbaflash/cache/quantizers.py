@@ -157,10 +157,10 @@ class Quantizer(ABC):
     def _parameters(self, x: _Floats, bits: int, group: int) -> tuple[NDArray[np.float16], NDArray[np.float16] | None]:
         """Scales and offsets of (pages, tokens, Hkv, D), contiguous, as `PageFormat.write_part` takes them."""
         pages, tokens, kv_heads, head_dim = x.shape
-        if group == 0:
-            grouped, shape = x.reshape(pages, tokens, -1), (pages, kv_heads, head_dim)
-        else:
-            grouped, shape = _transposed(x.reshape(-1, group))[None], (pages, tokens, kv_heads, head_dim // group)
+        shape: tuple[int, ...] = pages, kv_heads, head_dim
+        grouped = x.reshape(pages, tokens, -1)
+        if group:
+            shape, grouped = (pages, tokens, kv_heads, head_dim // group), _transposed(x.reshape(-1, group))[None]
         scales, offsets = _rounded(self.fit(grouped, 2**bits - 1))
         return scales.reshape(shape), None if self.symmetric else offsets.reshape(shape)
 
@@ -362,9 +362,10 @@ def _widened(x: NDArray[np.float16]) -> _Floats:
 
 
 def _transposed(x: _Floats) -> _Floats:
+    source = np.ascontiguousarray(x)
     rows, columns = x.shape
     turned = np.empty((columns, rows), np.float32)
-    transpose(x.ctypes.data, rows, columns, turned.ctypes.data)
+    transpose(source.ctypes.data, rows, columns, turned.ctypes.data)
     return turned
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 
 from . import emit
 from .emit import F32, I32, I64, LANES, VECTOR
@@ -47,11 +48,21 @@ def _bytes(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
 
 
 def _low(builder: ir.IRBuilder, two: ir.Value) -> ir.Value:
+    if LANES == 16:
+        return _number(builder, two)
     return builder.sitofp(builder.and_(two, emit.constant(15, two.type)), VECTOR)
 
 
 def _high(builder: ir.IRBuilder, two: ir.Value) -> ir.Value:
-    return builder.sitofp(builder.lshr(two, emit.constant(4, two.type)), VECTOR)
+    shifted = builder.lshr(two, emit.constant(4, two.type))
+    return _number(builder, shifted) if LANES == 16 else builder.sitofp(shifted, VECTOR)
+
+
+def _number(builder: ir.IRBuilder, lanes: ir.Value) -> ir.Value:
+    """What each lane's lowest four bits count: AVX-512's vpermps looks it up, without a mask and a conversion."""
+    kind = ir.FunctionType(VECTOR, [VECTOR, lanes.type])
+    look_up = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.sf.512")
+    return builder.call(look_up, [ir.Constant(VECTOR, [float(i) for i in range(16)]), lanes])
 
 
 def _unpack(builder: ir.IRBuilder, address: ir.Value, bits: int) -> list[ir.Value]:
