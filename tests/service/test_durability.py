@@ -287,10 +287,7 @@ def start_process(serve: Any, config: dict[str, Any]) -> Callable[..., tuple[sub
     def start(kill_at: tuple[str, int] = ("pwrite", 0), **options: Any) -> tuple[subprocess.Popen[str], str]:
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in config.items() if name != "listen"]
         script = KILLER.replace("CALL", kill_at[0]).replace("COUNT", str(kill_at[1]))
-        started: tuple[subprocess.Popen[str], str] = serve(
-            *flags, "--listen", config["listen"][0], script=script, **options
-        )
-        return started
+        return serve(*flags, "--listen", config["listen"][0], script=script, **options)
 
     return start
 
