@@ -87,6 +87,24 @@ def test_forks_go_their_own_ways_from_the_same_tokens(backend, ring, common, lef
         assert_close(out, want[sum(common) :])
 
 
+@law(30, rings(), steps, steps, st.data())
+def test_a_fork_keeps_the_tokens_that_the_other_side_takes_back_and_writes_over(backend, ring, common, after, data):
+    total = sum(common)
+    back = data.draw(st.integers(0, min(ring["rollback"], total)))
+    rng = np.random.default_rng(total)
+    shared, others, next_one = (tokens_of(rng, count, 2, 1) for count in (total, sum(after), 1))
+    parent = numbaflash.RingKVCache(1, 1, 8, dtype="float32", backend=backend, **ring)
+    take_steps(parent, *shared, common)
+    child = parent.fork()
+
+    parent.truncate(total - back)
+    take_steps(parent, *others, after)
+
+    whole = (np.concatenate(pair) for pair in zip(shared, next_one, strict=True))
+    want = expected_of_cache(*whole, capacity=ring["capacity"], sink_tokens=ring["sink_tokens"])
+    assert_close(child.step(0, *next_one), want[total:])
+
+
 @law(60, rings(), steps, st.integers(1, 40))
 def test_append_and_attend_give_what_step_gives(backend, ring, before, tokens):
     rng = np.random.default_rng(tokens)
