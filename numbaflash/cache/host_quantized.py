@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ..cpu import RUN_FIELDS
 from ..cpu.code_paging import CodePages, list_seen_runs
+from ..cpu.record import address_of
 from .layer import HostLayer, NewTokens, Segment
 from .layout import RingLayout
 from .page_format import PageFormat
@@ -59,6 +60,8 @@ class HostQuantizedLayer(QuantizedLayer, HostLayer):
         """
         stored = self.fold_and_round(keys, values)
         first, contents = self.quantize_full_pages(*stored)
+        if not len(contents):
+            return NewTokens(*stored, first)
         pool, pages = self.table.pool, list[int]()
         try:
             for content in contents:
@@ -89,13 +92,17 @@ class HostQuantizedLayer(QuantizedLayer, HostLayer):
         """Part queries at `start` to `stop` by pages, and list what each part sees, in order of positions."""
         length, keys, values = self.length, new.keys, new.values
         tokens = (keys.ctypes.data, *keys.strides[:2], values.ctypes.data, *values.strides[:2])
-        new_pages = np.array([self.table.pool.address(page) for page in new.pages], np.int64)
-        fresh = (new.first_page, new_pages.ctypes.data) if new.pages else (_NO_PAGE, 0)
+        fresh = _NO_PAGE, 0
+        if new.pages:
+            new_pages = np.array([self.table.pool.address(page) for page in new.pages], np.int64)
+            fresh = new.first_page, address_of(new_pages)
         segments = []
         for own, begin, behind in self.layout.by_pages(start, stop):
             first = self.first_page(begin)
             most = self.layout.sink_slots + own - first + 3
-            table, parameters = np.empty((most, RUN_FIELDS), np.int64), np.empty((most, 2), np.int64)
+            # Side by side, for NumPy takes its time for each array.
+            numbers = np.empty(most * (RUN_FIELDS + 2), np.int64)
+            address = address_of(numbers)
             rows = list_seen_runs(
                 self.ring.record.address,
                 self._record.address,
@@ -105,10 +112,11 @@ class HostQuantizedLayer(QuantizedLayer, HostLayer):
                 length,
                 behind,
                 *tokens,
-                table.ctypes.data,
-                parameters.ctypes.data,
+                address,
+                address + 8 * most * RUN_FIELDS,
             )
-            segments.append(Segment(begin, behind, table[:rows], parameters[:rows]))
+            table, parameters = numbers[: rows * RUN_FIELDS], numbers[most * RUN_FIELDS :][: 2 * rows]
+            segments.append(Segment(begin, behind, table.reshape(rows, RUN_FIELDS), parameters.reshape(rows, 2)))
         return segments
 
     def _give_back(self, pages: list[int]) -> None:

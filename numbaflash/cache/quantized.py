@@ -120,14 +120,15 @@ class QuantizedLayer(Layer):
             The number of the first one behind the sink tokens, and all of them, (pages, page_nbytes).
         """
         sinks, size = self.layout.sink_tokens, self.layout.page_size
-        first, behind = (max(at - sinks, 0) // size for at in (self.length, self.length + len(keys)))
+        length = self.length
+        first, behind = max(length - sinks, 0) // size, max(length + len(keys) - sinks, 0) // size
         if first == behind:
             return first, np.empty((0, self.page_format.page_nbytes), np.uint8)
         # The first of them may have begun in earlier steps, or in this one behind its sink tokens.
         begin = sinks + first * size
         whole = []
-        for old, new in zip(self.ring.read(min(begin, self.length), self.length), (keys, values), strict=True):
-            tokens = np.concatenate((old, new[max(begin - self.length, 0) :]))
+        for old, new in zip(self.ring.read(min(begin, length), length), (keys, values), strict=True):
+            tokens = np.concatenate((old, new[max(begin - length, 0) :]))
             whole.append(tokens[: (behind - first) * size].reshape(behind - first, size, *new.shape[1:]))
         return first, self.quantizer.pack(self.page_format, *whole)
 
@@ -196,7 +197,7 @@ def _stored(name: str, given: NDArray[Any]) -> NDArray[Any]:
     else:
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(given, FLOAT16)
-    if not all_finite(stored.reshape(-1).view(np.uint16)):
+    if not all_finite(stored.ctypes.data, stored.size):
         row, head, _ = (int(axis[0]) for axis in np.nonzero(~np.isfinite(stored)))
         raise ValueError(
             f"{name} must be finite in float16 to be quantized, got {given[row, head].max()} or NaN "
