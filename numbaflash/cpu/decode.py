@@ -22,7 +22,7 @@ from .rows import VECTOR_BYTES, clear, narrow_row, padded, widen_row
 from .runs import COUNT, K_TOKEN_STRIDE, START, V_TOKEN_STRIDE
 from .scoring import NEG_INF, add_bias, bias_at, cap_scores
 from .softmax import normalize_row
-from .task import NO_BIAS, report_item, take_item, task_at
+from .task import NO_BIAS, next_item, report_item, take_item, task_at
 from .vector import (
     LANES,
     absolute,
@@ -81,6 +81,38 @@ def count_splits(task, sequence):
     return sink_splits, window, max(sink_splits + max((end + SPLIT_KEYS - 1) // SPLIT_KEYS - window, 0), 1)
 
 
+@native
+def split_number(task, sequence, split):
+    """Which SPLIT_KEYS positions of a sequence are its n-th split."""
+    sink_splits, window, _ = count_splits(task, sequence)
+    return split if split < sink_splits else window + split - sink_splits
+
+
+@native
+def locate(task, item):
+    """The split, unit, sequence, KV head and first row of an item."""
+    blocks = (task.q_tokens * task.group + task.rows_per_item - 1) // task.rows_per_item
+    units = task.sequences * task.kv_heads * blocks
+    # Heads before splits: where the heads of a token lie side by side, they are read together.
+    split, unit = item // units, item % units
+    pair, row = unit // blocks, unit % blocks * task.rows_per_item
+    return split, unit, pair // task.kv_heads, pair % task.kv_heads, row
+
+
+@native
+def untaken_keys(task, task_address):
+    """Where the first keys lie of the next item that nobody has taken; 0 where there is none."""
+    item = next_item(task_address)
+    if item >= task.items:
+        return 0
+    split, _, sequence, kv_head, _ = locate(task, item)
+    position = split_number(task, sequence, split) * SPLIT_KEYS
+    run = skip_runs(task, sequence, load_int(task.bounds + 8 * sequence), position)
+    if run >= load_int(task.bounds + 8 * sequence + 8):
+        return 0
+    return key_at(task, run, kv_head, max(position, run_field(task, run, START)))
+
+
 @kernel
 def plan_decode(task_address):
     """Fill in rows_per_item, splits and kv_tokens; return the number of items."""
@@ -102,22 +134,15 @@ def plan_decode(task_address):
 def decode(task_address, scratch):
     """Take work items until there are none; any number of threads may run this at once, each with its own scratch."""
     task = task_at(task_address)
-    total_rows = task.q_tokens * task.group
-    blocks = (total_rows + task.rows_per_item - 1) // task.rows_per_item
-    units = task.sequences * task.kv_heads * blocks
     while True:
         item = take_item(task_address)
         if item >= task.items:
             break
-        # Heads before splits: where the heads of a token lie side by side, they are read together.
-        split, unit = item // units, item % units
-        pair, row = unit // blocks, unit % blocks * task.rows_per_item
-        sequence, kv_head = pair // task.kv_heads, pair % task.kv_heads
+        split, unit, sequence, kv_head, row = locate(task, item)
         rows = min(task.rows_per_item, query_rows(task, sequence) - row)
-        sink_splits, window, splits = count_splits(task, sequence)
+        splits = count_splits(task, sequence)[2]
         if split < splits and rows > 0:
-            number = split if split < sink_splits else window + split - sink_splits
-            attend_split(task, sequence, kv_head, row, rows, number, scratch)
+            attend_split(task, task_address, sequence, kv_head, row, rows, split_number(task, sequence, split), scratch)
             if splits == 1:
                 write_rows(task, sequence, kv_head, row, rows, scratch)
             else:
@@ -129,7 +154,7 @@ def decode(task_address, scratch):
 
 
 @native
-def attend_split(task, sequence, kv_head, row, rows, split, scratch):
+def attend_split(task, task_address, sequence, kv_head, row, rows, split, scratch):
     """Leave O (not divided by l), m and l of one split's keys in scratch memory."""
     key_row, out_row = 4 * padded(task.head_dim), 4 * padded(task.value_dim)
     all_rows = rows if rows == 1 else (rows + ROWS_PER_SCORE - 1) // ROWS_PER_SCORE * ROWS_PER_SCORE
@@ -156,11 +181,11 @@ def attend_split(task, sequence, kv_head, row, rows, split, scratch):
 
     out = scratch + _OUT
     clear(out, all_rows * out_row)
-    weigh_split(task, sequence, kv_head, all_rows, begin, count, scratch, False)
+    weigh_split(task, task_address, sequence, kv_head, all_rows, begin, count, scratch, False)
     if not is_finite(out, out + rows * out_row):
         # Somewhere a NaN or an infinity came in: again, and let a weight of 0 take nothing from its value.
         clear(out, all_rows * out_row)
-        weigh_split(task, sequence, kv_head, rows, begin, count, scratch, True)
+        weigh_split(task, task_address, sequence, kv_head, rows, begin, count, scratch, True)
 
 
 @native
@@ -288,7 +313,7 @@ def softmax_row(scores, count):
 
 
 @native
-def weigh_split(task, sequence, kv_head, rows, begin, count, scratch, exact):
+def weigh_split(task, task_address, sequence, kv_head, rows, begin, count, scratch, exact):
     """O += P V over the positions of a split; with `exact`, a weight of 0 takes nothing from a NaN or an infinity."""
     weights, out, tile, shifts = scratch + _SCORES, scratch + _OUT, scratch + _TILE, scratch + _SHIFTS
     out_row = 4 * padded(task.value_dim)
@@ -304,10 +329,11 @@ def weigh_split(task, sequence, kv_head, rows, begin, count, scratch, exact):
         high = min(run_end(task, run) - begin, count)
         stride = run_field(task, run, V_TOKEN_STRIDE)
         if low < high and is_quantized(task, run):
-            ahead = 0
             if run + 1 < stop and high < count:
                 following = value_at(task, run + 1, kv_head, run_field(task, run + 1, START))
-                ahead = following - value_at(task, run, kv_head, begin + low)
+            else:
+                following = untaken_keys(task, task_address)
+            ahead = following - value_at(task, run, kv_head, begin + low)
             weigh_quantized(
                 task,
                 run,

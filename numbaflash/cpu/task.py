@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from .jit import native
 from .record import Record, record_at
-from .vector import atomic_add
+from .vector import atomic_add, atomic_load
 
-__all__ = ["BOOL_BIAS", "ITEMS_DONE", "NO_BIAS", "Task", "report_item", "take_item", "task_at"]
+__all__ = ["BOOL_BIAS", "ITEMS_DONE", "NO_BIAS", "Task", "next_item", "report_item", "take_item", "task_at"]
 
 # What bias_dtype says beside the codes of the dtypes.
 BOOL_BIAS = 3
@@ -56,6 +56,12 @@ NEXT_ITEM, ITEMS_DONE = Task.offset_of("next_item"), Task.offset_of("items_done"
 def take_item(task_address):
     """The number of a work item that nobody has taken; `items` or more where there is none left."""
     return atomic_add(task_address + NEXT_ITEM, 1)
+
+
+@native
+def next_item(task_address):
+    """The number of the item that will be taken next."""
+    return atomic_load(task_address + NEXT_ITEM)
 
 
 @native
