@@ -83,7 +83,8 @@ class CodeDecode:
     @property
     def blocks(self) -> int:
         """Blocks per multiprocessor that registers must suffice for."""
-        return 4 if self.rows * _share(self.variant).elements <= 16 else 2
+        elements = self.rows * _share(self.variant).elements
+        return 4 if elements <= 8 else 3 if elements <= 16 else 2  # with 16, at 4 blocks, up to 196 bytes are spilled
 
     @property
     def result(self) -> BlockResult:

@@ -136,6 +136,8 @@ def variant_of(dtype, quantizer, head_dim, step_dtype="float16", **options):
     [
         ("int8", "group:keys=token", 256, 4),
         ("int4", "group:keys=token", 128, 1),
+        ("int8", "group", 128, 2),
+        pytest.param("int4", "group", 96, 1, marks=pytest.mark.slow),
         pytest.param("int8", "group", 128, 1, marks=pytest.mark.slow),
         pytest.param("int4", "group", 128, 1, marks=pytest.mark.slow),
         pytest.param("int4", "group", 256, 2, marks=pytest.mark.slow),
