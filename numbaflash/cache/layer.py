@@ -5,45 +5,16 @@ On a device it is one of `device_ring.py`, or of `device_quantized.py`.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, Self
+from collections.abc import Iterable
+from typing import Any, Protocol, Self
 
-import numpy as np
 from numpy.typing import NDArray
 
 from .layout import RingLayout
 from .page_format import PageFormat
 from .token_ring import TokenRing
 
-__all__ = ["FloatLayer", "HostLayer", "Layer", "NewTokens", "Ring", "Segment"]
-
-_NO_CODES = np.empty((0, 2), np.int64)
-_NONE: Mapping[int, int] = MappingProxyType({})
-
-
-class NewTokens(NamedTuple):
-    """Tokens of a step, (T, Hkv, D), rounded to what the layer's ring holds.
-
-    `pages` are pages of codes that they fill, the first one of this number behind the sink tokens; `fresh` are those of
-    the ring that they are written to, by slot, once they are reserved. Neither belong to a page table yet.
-    """
-
-    keys: NDArray[Any]
-    values: NDArray[Any]
-    first_page: int = 0
-    pages: Sequence[int] = ()
-    fresh: Mapping[int, int] = _NONE
-
-
-class Segment(NamedTuple):
-    """Queries `start` to `stop` that see the same runs: rows of `KVRuns.table`, and of `Codes.parameters` for codes."""
-
-    start: int
-    stop: int
-    table: NDArray[np.int64]
-    parameters: NDArray[np.int64] = _NO_CODES
+__all__ = ["FloatLayer", "Layer", "Ring"]
 
 
 class Ring(Protocol):
@@ -164,45 +135,6 @@ class Layer:
             self.ring.length = position
             self.ring.write(keys, values)
         self.ring.length, self.ring.intact = length, raw_intact
-
-
-class HostLayer(Layer, ABC):
-    """A layer in host memory that has codes: the CPU's kernels read it as runs of tokens."""
-
-    ring: TokenRing
-    page_format: PageFormat
-
-    @abstractmethod
-    def prepare(self, keys: NDArray[Any], values: NDArray[Any]) -> NewTokens:
-        """Return new tokens, (T, Hkv, D), as `segments` and `write` take them; the layer does not change.
-
-        Raises:
-            ValueError: They cannot be stored.
-        """
-
-    def reserve(self, new: NewTokens) -> NewTokens:
-        """Return what `prepare` returned with all pages that `write` takes; the layer does not change.
-
-        Raises:
-            MemoryError: There are no more; `new` must be discarded.
-        """
-        return new._replace(fresh=self.ring.reserve(len(new.keys)))
-
-    def discard(self, new: NewTokens) -> None:
-        """Give back all pages of new tokens, in the place of `write`."""
-        self.ring.give_back(new.fresh)
-
-    @abstractmethod
-    def write(self, new: NewTokens) -> None:
-        """Append what `reserve` returned; it cannot fail."""
-
-    @abstractmethod
-    def segments(self, start: int, stop: int, new: NewTokens) -> list[Segment]:
-        """Part queries at `start` to `stop` by what they see of the layer and of new tokens, in order of positions."""
-
-    def fold_queries(self, q: NDArray[Any]) -> NDArray[Any]:
-        """Return queries (T, Hq, D) as they are to meet the layer's keys; q itself where those are as they came."""
-        return q
 
 
 class FloatLayer(Layer):

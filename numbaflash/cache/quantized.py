@@ -111,7 +111,7 @@ class QuantizedLayer(Layer):
         Raises:
             ValueError: Some are not finite in float16.
         """
-        return _stored("k", self.quantizer.fold_keys(self.index, keys)), _stored("v", values)
+        return in_float16("k", self.quantizer.fold_keys(self.index, keys)), in_float16("v", values)
 
     def quantize_full_pages(self, keys: NDArray[Any], values: NDArray[Any]) -> tuple[int, NDArray[np.uint8]]:
         """Return the pages that new tokens fill, which `fold_and_round` returned; the layer does not change.
@@ -190,17 +190,22 @@ class QuantizedLayer(Layer):
         return sinks + (position - sinks) // size * size if position >= sinks else 0
 
 
-def _stored(name: str, given: NDArray[Any]) -> NDArray[Any]:
-    """Round to float16, which must be finite."""
+def in_float16(name: str, given: NDArray[Any]) -> NDArray[Any]:
+    """Return tokens (..., Hkv, D) in float16, contiguous.
+
+    Raises:
+        ValueError: Some are not finite.
+    """
     if given.dtype == FLOAT16:
         stored = np.ascontiguousarray(given)
     else:
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(given, FLOAT16)
     if not all_finite(stored.ctypes.data, stored.size):
-        row, head, _ = (int(axis[0]) for axis in np.nonzero(~np.isfinite(stored)))
+        *_, row, head, _ = (int(axis[0]) for axis in np.nonzero(~np.isfinite(stored)))
+        tokens = given.reshape(-1, *given.shape[-3:])
         raise ValueError(
-            f"{name} must be finite in float16 to be quantized, got {given[row, head].max()} or NaN "
+            f"{name} must be finite in float16 to be quantized, got {tokens[:, row, head].max()} or NaN "
             f"among token {row}, head {head}"
         )
     return stored

@@ -1,4 +1,4 @@
-"""Pages of codes, compiled: what the queries of one page see of a quantized layer, as rows of run tables."""
+"""Pages of codes, compiled: what queries see of quantized layers, as rows of run tables."""
 
 from __future__ import annotations
 
@@ -8,21 +8,38 @@ from .record import Record, record_at
 from .runs import RUN_FIELDS
 from .vector import load_int, store_int
 
-__all__ = ["CodePages", "list_seen_runs"]
+__all__ = ["CodePages", "Part", "list_parts"]
 
 _ROW = 8 * RUN_FIELDS
 _PARAMETERS_ROW = 8 * 2
 
 
-class CodePages(Record, integers=("pages", "slots", "row_bytes", "key_head", "value_head", "values", "parameters")):
+class CodePages(
+    Record, integers=("pages", "slots", "row_bytes", "key_head", "value_head", "values", "parameters", "window")
+):
     """A layer's pages of codes, as the function below sees them; see `cache.page_format.PageFormat`.
 
     `pages` is the address of the page table: for each of the slots, the address of its page. From there it is `values`
-    bytes to the first head's values, and from a head's codes `parameters` bytes to their scales.
+    bytes to the first head's values, and from a head's codes `parameters` bytes to their scales. `window` is the
+    cache's.
+    """
+
+
+class Part(
+    Record,
+    integers=("ring", "codes", "first", "own", "start", "stop", "keys", "values", "new_page", "new_pages"),
+):
+    """Queries of a layer that lie in one page, `own`: those from `start` to `stop`.
+
+    They see pages of codes from `first` on, by their numbers behind the sink tokens. `ring` and `codes` are addresses
+    of the layer's RingRecord and CodePages. Tokens that the ring does not hold yet lie at `keys` and `values`; pages of
+    the number `new_page` and above are no slot's yet, but lie at the addresses at `new_pages`.
     """
 
 
 _code_pages_at = record_at(CodePages.dtype)
+_part_at = record_at(Part.dtype)
+_PART_BYTES = Part.dtype.itemsize
 
 
 @native
@@ -42,61 +59,21 @@ def _clear_parameters(address, behind):
         store_int(at, 0)
 
 
-@kernel
-def list_seen_runs(
-    ring_address,
-    codes_address,
-    first,
-    own,
-    new_page,
-    new_pages,
-    length,
-    stop,
-    keys,
-    k_token,
-    k_head,
-    values,
-    v_token,
-    v_head,
-    table,
-    parameters,
-):
-    """Write what queries in the page `own`, up to the position `stop`, see, as rows of both tables.
-
-    That is the sink tokens, the pages of codes from `first` on, and the tokens of their own page.
-
-    Args:
-        ring_address: RingRecord of the tokens that are no codes.
-        codes_address: CodePages.
-        first: The oldest page of codes, by its number behind the sink tokens.
-        own: The page of the queries.
-        new_page: Pages of that number and above are no slot's yet, but
-        new_pages: lie at the addresses at this address.
-        length: Tokens that the layer holds; those behind it are new ones.
-        stop: Position behind the last query.
-        keys: Address of the first new token's key,
-        k_token: stride of tokens, in bytes,
-        k_head: and of heads.
-        values: Of the first new token's value,
-        v_token: stride of tokens,
-        v_head: and of heads.
-        table: Address of `KVRuns.table`.
-        parameters: Address of `Codes.parameters`.
-
-    Returns:
-        The number of rows: those of the ring's sink slots and of the pages of codes, and three more at most.
-    """
-    ring, codes = ring_at(ring_address), _code_pages_at(codes_address)
-    sinks = min(ring.sink_tokens, stop)
-    row = list_stretches(ring, 0, min(sinks, length), table)
-    row = _list_new(length, length, sinks, keys, k_token, k_head, values, v_token, v_head, row)
-    to = parameters + (row - table) // _ROW * _PARAMETERS_ROW
+@native
+def _list_part(part, k_token, k_head, v_token, v_head, row, to):
+    """Write what a part's queries see as rows of both tables; the address behind the rows of the first."""
+    ring, codes = ring_at(part.ring), _code_pages_at(part.codes)
+    length, table, parameters = ring.length, row, to
+    sinks = min(ring.sink_tokens, part.stop)
+    row = list_stretches(ring, 0, min(sinks, length), row)
+    row = _list_new(length, length, sinks, part.keys, k_token, k_head, part.values, v_token, v_head, row)
+    to += (row - table) // _ROW * _PARAMETERS_ROW
     _clear_parameters(parameters, to)
 
-    for page in range(first, own):
+    for page in range(part.first, part.own):
         address = (
-            load_int(new_pages + 8 * (page - new_page))
-            if page >= new_page
+            load_int(part.new_pages + 8 * (page - part.new_page))
+            if page >= part.new_page
             else load_int(codes.pages + 8 * (page % codes.slots))
         )
         k, v = address, address + codes.values
@@ -107,9 +84,45 @@ def list_seen_runs(
         row += _ROW
         to += _PARAMETERS_ROW
 
-    begin = ring.sink_tokens + own * ring.page_size
-    row = list_stretches(ring, begin, min(stop, length), row)
-    row = _list_new(length, max(begin, length), stop, keys, k_token, k_head, values, v_token, v_head, row)
-    rows = (row - table) // _ROW
-    _clear_parameters(to, parameters + rows * _PARAMETERS_ROW)
-    return rows
+    begin = ring.sink_tokens + part.own * ring.page_size
+    row = list_stretches(ring, begin, min(part.stop, length), row)
+    start = max(begin, length)
+    row = _list_new(length, start, part.stop, part.keys, k_token, k_head, part.values, v_token, v_head, row)
+    _clear_parameters(to, parameters + (row - table) // _ROW * _PARAMETERS_ROW)
+    return row
+
+
+@kernel
+def list_parts(parts, count, k_token, k_head, v_token, v_head, sides, bounds, table, parameters):
+    """Write what the queries of each part see: rows of `Visibility`, `KVRuns` and `Codes`.
+
+    That is the sink tokens, pages of codes, and the tokens of their own page. A part takes a row for each of its ring's
+    sink slots and of its pages of codes, and three more at most.
+
+    Args:
+        parts: Address of
+        count: so many Parts.
+        k_token: Bytes between new tokens' keys,
+        k_head: and between heads,
+        v_token: and of values
+        v_head: likewise.
+        sides: Address of `Visibility.rows`.
+        bounds: Address of `KVRuns.bounds`.
+        table: Address of `KVRuns.table`.
+        parameters: Address of `Codes.parameters`.
+
+    Returns:
+        The number of rows.
+    """
+    row = table
+    store_int(bounds, 0)
+    for n in range(count):
+        part = _part_at(parts + n * _PART_BYTES)
+        store_int(sides + 8 * n, part.start)
+        store_int(sides + 8 * (count + n), _code_pages_at(part.codes).window - 1)
+        store_int(sides + 8 * (2 * count + n), 0)
+        store_int(sides + 8 * (3 * count + n), ring_at(part.ring).sink_tokens)
+        to = parameters + (row - table) // _ROW * _PARAMETERS_ROW
+        row = _list_part(part, k_token, k_head, v_token, v_head, row, to)
+        store_int(bounds + 8 * (n + 1), (row - table) // _ROW)
+    return (row - table) // _ROW
