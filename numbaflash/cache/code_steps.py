@@ -5,9 +5,10 @@ What a query sees of codes and what in 16 bits depends on its page: a step is pa
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from ..cpu.record import address_of
 from ..problem import Scoring
 from .host_quantized import FilledPages, HostQuantizedLayer
 from .quantized import in_float16
+from .quantizers import Quantizer
 from .token_ring import RingBatch
 
 __all__ = ["append", "attend", "step"]
@@ -79,6 +81,24 @@ def attend(layers: Sequence[HostQuantizedLayer], q: NDArray[Any], scoring: Scori
     return _Batch(layers, none, none).attend(q, scoring)
 
 
+class _Parts(NamedTuple):
+    """Queries of several layers, parted by the pages that they lie in.
+
+    Attributes:
+        tokens: How many each part has.
+        owners: Number of its layer.
+        rows: Runs that it may see.
+        records: Parts as `list_parts` takes them.
+        addresses: What those refer to.
+    """
+
+    tokens: list[int]
+    owners: list[int]
+    rows: list[int]
+    records: array[int]
+    addresses: list[array[int]]
+
+
 class _Batch:
     """Layers of several caches, and tokens that follow those in them: none, or as many for each.
 
@@ -92,13 +112,13 @@ class _Batch:
 
     def __init__(self, layers: Sequence[HostQuantizedLayer], k: NDArray[Any], v: NDArray[Any]) -> None:
         self._layers = layers
-        k = _folded(k, [layer.quantizer.fold_keys for layer in layers], layers)
+        k = _folded(layers, k, Quantizer.fold_keys)
         self._keys, self._values = in_float16("k", k), in_float16("v", v)
         self.rings = RingBatch([layer.ring for layer in layers], self._keys, self._values)
         self._filled: list[FilledPages] = []
         try:
-            for layer, keys, values in zip(layers, self._keys, self._values, strict=True):
-                pages = layer.fill_pages(keys, values)
+            for n, layer in enumerate(layers):
+                pages = layer.fill_pages(self._keys[n], self._values[n])
                 self._filled.append(pages)
         except BaseException:
             self.discard()
@@ -120,52 +140,49 @@ class _Batch:
         tokens = q.shape[1]
         if not tokens:
             return np.empty_like(q)
-        parts, owners, runs, visibility = self._seen_by_last(tokens)
-        queries = _folded(q, [layer.quantizer.fold_queries for layer in self._layers], self._layers)
-        if len(parts) == len(q):
+        parts = self._part_last(tokens)
+        runs, visibility = self._seen_by(parts)
+        queries = _folded(self._layers, q, Quantizer.fold_queries)
+        if len(parts.tokens) == len(q):
             return attend_runs(queries, runs, visibility, scoring)[0].astype(q.dtype, copy=False)
         if scoring.alibi_slopes is not None:
-            scoring = replace(scoring, alibi_slopes=np.ascontiguousarray(scoring.alibi_slopes[owners]))
-        bounds = np.cumsum([0, *(stop - start for start, stop in parts)])
+            scoring = replace(scoring, alibi_slopes=np.ascontiguousarray(scoring.alibi_slopes[parts.owners]))
+        bounds = np.cumsum([0, *parts.tokens])
         out, _ = attend_runs(queries.reshape(-1, *q.shape[2:]), runs, visibility, scoring, bounds)
         return out.reshape(q.shape).astype(q.dtype, copy=False)
 
-    def _seen_by_last(self, tokens: int) -> tuple[list[tuple[int, int]], list[int], KVRuns, Visibility]:
-        """Part the queries of the last tokens by pages, and say what each part sees.
-
-        Returns:
-            Positions of each part, in order, its layer, and its runs and what is visible of them.
-        """
-        parts: list[tuple[int, int]] = []
-        owners: list[int] = []
-        records: list[tuple[int, ...]] = []
-        addresses, rows = [], 0
-        keys, values = self._keys.ctypes.data, self._values.ctypes.data
-        k_layer, k_token, k_head, _ = self._keys.strides
-        v_layer, v_token, v_head, _ = self._values.strides
+    def _part_last(self, tokens: int) -> _Parts:
+        """Part the queries of the last tokens by the pages that they lie in."""
+        parts = _Parts([], [], [], array("q"), [])
+        keys, k_layer, _, _, values, v_layer, _, _ = self.rings.places
         for n, (layer, filled) in enumerate(zip(self._layers, self._filled, strict=True)):
             new_page, new_pages = _NO_PAGE, 0
             if filled.pages:
-                addresses.append(np.array([layer.table.pool.address(page) for page in filled.pages], np.int64))
-                new_page, new_pages = filled.first, address_of(addresses[-1])
+                pages = array("q", [layer.table.pool.address(page) for page in filled.pages])
+                parts.addresses.append(pages)
+                new_page, new_pages = filled.first, address_of(pages)
+            held = layer.ring.record.address, layer.record.address
+            new = keys + n * k_layer, values + n * v_layer, new_page, new_pages
             stop = layer.length + self._keys.shape[1]
             for own, start, behind in layer.layout.by_pages(stop - tokens, stop):
                 first = layer.first_page(start)
-                rows += layer.layout.sink_slots + own - first + 3
-                at = keys + n * k_layer, values + n * v_layer
-                held = layer.ring.record.address, layer.record.address
-                records.append((*held, first, own, start, behind, *at, new_page, new_pages))  # in the order of `Part`
-                parts.append((start, behind))
-                owners.append(n)
-        count = len(parts)
-        wanted = np.array(records, np.int64)
+                parts.records.extend((*held, first, own, start, behind, *new))  # in the order of `Part`
+                parts.rows.append(layer.layout.sink_slots + own - first + 3)
+                parts.tokens.append(behind - start)
+                parts.owners.append(n)
+        return parts
+
+    def _seen_by(self, parts: _Parts) -> tuple[KVRuns, Visibility]:
+        count = len(parts.tokens)
+        rows = sum(parts.rows)
         # Side by side, for NumPy takes its time for each array.
         numbers = np.empty(5 * count + 1 + rows * (RUN_FIELDS + 2), np.int64)
         bounds_at, table_at = 4 * count, 5 * count + 1
         parameters_at = table_at + rows * RUN_FIELDS
         address = address_of(numbers)
+        _, _, k_token, k_head, _, _, v_token, v_head = self.rings.places
         used = list_parts(
-            address_of(wanted),
+            address_of(parts.records),
             count,
             k_token,
             k_head,
@@ -193,15 +210,15 @@ class _Batch:
                 page_size=page_format.page_size,
             ),
         )
-        return parts, owners, runs, Visibility.of_rows(numbers[:bounds_at].reshape(4, count))
+        return runs, Visibility.of_rows(numbers[:bounds_at].reshape(4, count))
 
 
 def _folded(
-    tokens: NDArray[Any],
-    fold: Sequence[Callable[[int, NDArray[Any]], NDArray[Any]]],
     layers: Sequence[HostQuantizedLayer],
+    tokens: NDArray[Any],
+    fold: Callable[[Quantizer, int, NDArray[Any]], NDArray[Any]],
 ) -> NDArray[Any]:
     """Tokens (N, T, heads, D) as each layer's quantizer has them."""
-    given = list(tokens)
-    folded = [one(layer.index, array) for one, layer, array in zip(fold, layers, given, strict=True)]
-    return tokens if all(a is b for a, b in zip(folded, given, strict=True)) else np.stack(folded)
+    if all(layer.quantizer.folding is None for layer in layers):
+        return tokens
+    return np.stack([fold(layer.quantizer, layer.index, of_one) for layer, of_one in zip(layers, tokens, strict=True)])

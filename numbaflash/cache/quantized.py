@@ -119,8 +119,7 @@ class QuantizedLayer(Layer):
         Returns:
             The number of the first one behind the sink tokens, and all of them, (pages, page_nbytes).
         """
-        sinks, size = self.layout.sink_tokens, self.layout.page_size
-        length = self.length
+        length, sinks, size = self.length, self.layout.sink_tokens, self.layout.page_size
         first, behind = max(length - sinks, 0) // size, max(length + len(keys) - sinks, 0) // size
         if first == behind:
             return first, np.empty((0, self.page_format.page_nbytes), np.uint8)

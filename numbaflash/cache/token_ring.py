@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -163,14 +164,17 @@ class RingBatch:
         rings: N of them, alike in heads, head_dim and dtype.
         keys: (N, T, Hkv, D), of the rings' dtype.
         values: Likewise.
+
+    Attributes:
+        places: Address of the keys, bytes from sequence to sequence, token to token and head to head; and of values.
     """
 
     def __init__(self, rings: Sequence[TokenRing], keys: NDArray[Any], values: NDArray[Any]) -> None:
         self._rings = rings
         self._tokens = keys.shape[1]
-        self._records = np.array([ring.record.address for ring in rings], np.int64)
+        self._records = array("q", [ring.record.address for ring in rings])
         self._arrays = keys, values
-        self._places = (*_place(keys), *_place(values))
+        self.places = (*_place(keys), *_place(values))
 
     def seen_by_last(self, queries: int) -> tuple[KVRuns, Visibility]:
         """Say what the queries of the last so many tokens see, of the rings and the tokens that follow."""
@@ -184,7 +188,7 @@ class RingBatch:
             sequences,
             queries,
             self._tokens,
-            *self._places,
+            *self.places,
             address,
             address + 8 * bounds_at,
             address + 8 * table_at,
@@ -220,7 +224,7 @@ class RingBatch:
         """Append the tokens, with what `reserve` returned; it cannot fail."""
         for ring, pages in zip(self._rings, fresh, strict=True):
             ring.place(pages, self._tokens)
-        scatter_tokens(address_of(self._records), len(self._rings), self._tokens, *self._places)
+        scatter_tokens(address_of(self._records), len(self._rings), self._tokens, *self.places)
 
 
 def _place(tokens: NDArray[Any]) -> tuple[int, ...]:

@@ -8,7 +8,6 @@ the cache and a batch of caches, and nothing is ever copied together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -41,8 +40,7 @@ Ints: TypeAlias = Sequence[int] | NDArray[np.int64]
 UNBOUNDED = 1 << 62
 
 
-@dataclass(frozen=True, eq=False)
-class Codes:
+class Codes(NamedTuple):
     """How quantized runs are stored; each lies in one page of codes.
 
     An element is scale * code + offset, codes being unsigned; where they are symmetric, offset = -scale * 2^(bits - 1).

@@ -244,7 +244,7 @@ def _describe(
         options["sink_logits"] = scoring.sink_logits.ctypes.data
     if (codes := runs.codes) is not None:
         options |= {
-            "codes": codes.parameters.ctypes.data,
+            "codes": address_of(codes.parameters),
             "code_bits": codes.bits,
             "key_group": codes.key_group,
             "value_group": codes.value_group,
