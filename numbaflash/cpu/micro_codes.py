@@ -80,8 +80,8 @@ def _unpack(builder: ir.IRBuilder, address: ir.Value, bits: int) -> list[ir.Valu
 def _prefetch(builder: ir.IRBuilder, at: ir.Value, ahead: ir.Value) -> None:
     """Ask for what is wanted next, and once more for what is wanted soon.
 
-    Codes are read faster than memory gives them, and a core forgets what it is asked for while too much is under way:
-    asked once, a head's page takes 1,660 ns in int8 and 1,025 in int4, not 1,440 and 860.
+    Codes are read faster than memory gives them, and what is asked for while much is under way seems to be forgotten:
+    asked once, a head's page takes 1,660 ns in int8 and 1,025 in int4, not 1,440 and 860 (an AVX-512 Xeon).
     """
     emit.prefetch(builder, builder.add(at, ahead))
     emit.prefetch(builder, emit.offset(builder, at, _SOON))
@@ -216,9 +216,8 @@ def _store_codes(builder: ir.IRBuilder, address: ir.Value, codes: ir.Value) -> N
     emit.store_at(builder, address, builder.trunc(whole, ir.VectorType(ir.IntType(8), LANES)), align=1)
 
 
-store_codes = instruction(
-    types.void, (types.int64, FloatVector), _store_codes
-)  # whole numbers below 256 as LANES bytes
+# Whole numbers below 256, as LANES bytes.
+store_codes = instruction(types.void, (types.int64, FloatVector), _store_codes)
 
 score_8_1, score_8_4 = (_score_block(8, rows, scaled=False) for rows in (1, ROWS_PER_SCORE))
 score_4_1, score_4_4 = (_score_block(4, rows, scaled=False) for rows in (1, ROWS_PER_SCORE))
