@@ -355,8 +355,8 @@ class Session:
         for name, array in arrays.items():
             if array.ndim != 3:
                 raise ValueError(f"{name} must have 3 axes (tokens, heads, head_dim), got shape {array.shape}")
-        tokens = {name: len(array) for name, array in arrays.items()}
-        if len(set(tokens.values())) > 1:
+        tokens = {name: array.shape[0] for name, array in arrays.items()}
+        if min(tokens.values()) != max(tokens.values()):
             raise ValueError(f"{', '.join(tokens)} must have the same number of tokens, got {tokens}")
         q = arrays.get("q")
         out = None if q is None else np.empty(q.shape, q.dtype)
@@ -366,8 +366,7 @@ class Session:
 
         def advance() -> None:
             for piece in pieces:
-                whole = len(pieces) == 1
-                part = arrays if whole else {name: array[piece] for name, array in arrays.items()}
+                part = arrays if len(pieces) == 1 else {name: array[piece] for name, array in arrays.items()}
                 answer = self._exchange(layer, part, options, timeout)
                 if out is not None:
                     out[piece] = answer["out"]
@@ -379,8 +378,12 @@ class Session:
         tokens = len(next(iter(arrays.values())))
         if not tokens:
             return []
-        token_bytes = sum(array.nbytes for array in arrays.values()) // tokens
-        room = self._max_payload - sum(array.nbytes for array in options.arrays.values())
+        nbytes, room = sum([array.nbytes for array in arrays.values()]), self._max_payload
+        if options.arrays:
+            room -= sum([array.nbytes for array in options.arrays.values()])
+        if nbytes <= room:
+            return [slice(tokens)]
+        token_bytes = nbytes // tokens
         if token_bytes > room:
             raise ValueError(f"a token has {token_bytes} bytes; the server takes {room} in one message")
         return cut(tokens, token_bytes, room)
