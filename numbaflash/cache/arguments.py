@@ -21,6 +21,8 @@ _CODES = {"int8": np.dtype(np.int8), "int4": np.dtype(ml_dtypes.int4)}
 
 def int_in(name: str, value: object, least: int, most: int | None = None) -> int:
     """Return an int of `least` to `most`."""
+    if type(value) is int and value >= least and (most is None or value <= most):
+        return value  # at once, for steps come here several times
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least or (most is not None and value > most):
