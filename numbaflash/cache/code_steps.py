@@ -193,23 +193,17 @@ class _Batch:
             address + 8 * table_at,
             address + 8 * parameters_at,
         )
-        ring, page_format = self._layers[0].ring, self._layers[0].page_format
-        runs = KVRuns(
-            table=numbers[table_at : table_at + used * RUN_FIELDS].reshape(used, RUN_FIELDS),
-            bounds=numbers[bounds_at:table_at],
-            dtype=ring.dtype,
-            kv_heads=ring.kv_heads,
-            head_dim=ring.head_dim,
-            value_dim=ring.head_dim,
-            codes=Codes(
-                parameters=numbers[parameters_at : parameters_at + 2 * used].reshape(used, 2),
-                bits=page_format.bits,
-                key_group=page_format.key_group,
-                value_group=page_format.value_group,
-                symmetric=page_format.symmetric,
-                page_size=page_format.page_size,
-            ),
+        page_format = self._layers[0].page_format
+        codes = Codes(
+            parameters=numbers[parameters_at : parameters_at + 2 * used].reshape(used, 2),
+            bits=page_format.bits,
+            key_group=page_format.key_group,
+            value_group=page_format.value_group,
+            symmetric=page_format.symmetric,
+            page_size=page_format.page_size,
         )
+        table = numbers[table_at : table_at + used * RUN_FIELDS].reshape(used, RUN_FIELDS)
+        runs = self.rings.runs(table, numbers[bounds_at:table_at], codes)
         return runs, Visibility.of_rows(numbers[:bounds_at].reshape(4, count))
 
 

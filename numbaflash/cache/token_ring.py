@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cpu import RUN_FIELDS, KVRuns, Visibility
+from ..cpu import RUN_FIELDS, Codes, KVRuns, Visibility
 from ..cpu.paging import RingRecord, gather_tokens, list_rings, scatter_tokens
 from ..cpu.record import address_of
 from .layout import RingLayout
@@ -108,19 +108,14 @@ class TokenRing:
         for page in fresh.values():
             self._table.pool.release(page)
 
-    def write(self, keys: NDArray[Any], values: NDArray[Any], fresh: Mapping[int, int] | None = None) -> None:
-        """Append tokens, (T, Hkv, D) each.
-
-        Args:
-            keys: Of the storage dtype.
-            values: Likewise.
-            fresh: What `reserve` returned for them, and then nothing can fail; None: it is asked now.
+    def write(self, keys: NDArray[Any], values: NDArray[Any]) -> None:
+        """Append tokens, (T, Hkv, D) each, of the storage dtype.
 
         Raises:
             MemoryError: There are no more pages; nothing has changed.
         """
         batch = RingBatch([self], keys[None], values[None])
-        batch.write(batch.reserve() if fresh is None else [fresh])
+        batch.write(batch.reserve())
 
     def place(self, fresh: Mapping[int, int], tokens: int) -> None:
         """Put pages that `reserve` returned for the next tokens in their slots, with what others see there."""
@@ -173,12 +168,12 @@ class RingBatch:
         self._rings = rings
         self._tokens = keys.shape[1]
         self._records = array("q", [ring.record.address for ring in rings])
-        self._arrays = keys, values
+        self._arrays = keys, values  # what `places` are the addresses of
         self.places = (*_place(keys), *_place(values))
 
     def seen_by_last(self, queries: int) -> tuple[KVRuns, Visibility]:
         """Say what the queries of the last so many tokens see, of the rings and the tokens that follow."""
-        sequences, ring = len(self._rings), self._rings[0]
+        sequences = len(self._rings)
         rows = sum([ring.max_runs for ring in self._rings]) + sequences
         # Side by side, for NumPy takes its time for each array.
         numbers = np.empty(5 * sequences + 1 + rows * RUN_FIELDS, np.int64)
@@ -193,15 +188,14 @@ class RingBatch:
             address + 8 * bounds_at,
             address + 8 * table_at,
         )
-        runs = KVRuns(
-            table=numbers[table_at : table_at + used * RUN_FIELDS].reshape(used, RUN_FIELDS),
-            bounds=numbers[bounds_at:table_at],
-            dtype=ring.dtype,
-            kv_heads=ring.kv_heads,
-            head_dim=ring.head_dim,
-            value_dim=ring.head_dim,
-        )
+        table = numbers[table_at : table_at + used * RUN_FIELDS].reshape(used, RUN_FIELDS)
+        runs = self.runs(table, numbers[bounds_at:table_at])
         return runs, Visibility.of_rows(numbers[:bounds_at].reshape(4, sequences))
+
+    def runs(self, table: NDArray[np.int64], bounds: NDArray[np.int64], codes: Codes | None = None) -> KVRuns:
+        """Return runs of such tokens as the rings hold."""
+        ring = self._rings[0]
+        return KVRuns(table, bounds, ring.dtype, ring.kv_heads, ring.head_dim, ring.head_dim, codes)
 
     def reserve(self) -> list[Mapping[int, int]]:
         """Return what each ring's `reserve` returns for its tokens.

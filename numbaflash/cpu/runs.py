@@ -106,7 +106,7 @@ class Visibility:
         sinks: As left: the first positions that stay visible when the window has left them behind.
 
     Attributes:
-        rows: (4, sequences) int64: the arguments side by side, of which the properties of the same names are views.
+        rows: (4, sequences) int64: the arguments side by side, of which properties of the same names are views.
     """
 
     __slots__ = ("rows",)
@@ -136,11 +136,6 @@ class Visibility:
     def right(self) -> NDArray[np.int64]:
         """Window to the right."""
         return self._row(2)
-
-    @property
-    def sinks(self) -> NDArray[np.int64]:
-        """The first positions that stay visible."""
-        return self._row(3)
 
     def _row(self, index: int) -> NDArray[np.int64]:
         row: NDArray[np.int64] = self.rows[index]

@@ -13,6 +13,8 @@ from numba import cuda, float32, int32
 from numbaflash import emulator
 from numbaflash.emulator.launch import ptx_of
 
+# Kernels have no annotations: Numba types their arguments itself.
+
 
 @cuda.jit(lineinfo=True)
 def two_arrays(x, out, shift):  # type: ignore[no-untyped-def]

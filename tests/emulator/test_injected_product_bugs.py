@@ -61,10 +61,10 @@ def test_waiting_for_one_group_too_few() -> None:
 def test_shortened_array() -> None:
     a, b, c = tensor_product.operands(*SIZES)
     short = a[:-1].copy()
-    run = lambda: emulator.launch(tensor_product.ptx(), (1, 2), 128, short, b, c, shared=tensor_product.SHARED)  # noqa: E731
-    error = caught(run)
+    ptx = tensor_product.ptx()
+    error = caught(lambda: emulator.launch(ptx, (1, 2), 128, short, b, c, shared=tensor_product.SHARED))
     assert error.kind == "bounds"
-    stands(error, tensor_product.ptx(), COPY, INLINED, 2)
+    stands(error, ptx, COPY, INLINED, 2)
     assert error.place.block == (0, 1, 0)
     assert error.place.thread == (124, 0, 0)
     assert not c.any()

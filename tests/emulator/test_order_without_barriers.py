@@ -11,6 +11,8 @@ from numba import cuda, float32, int32
 from numbaflash import emulator
 from numbaflash.emulator.launch import ptx_of
 
+# Kernels have no annotations: Numba types their arguments itself.
+
 
 @cuda.jit
 def warp_lockstep(x, out):  # type: ignore[no-untyped-def]
