@@ -382,6 +382,7 @@ def test_killed_among_steps(start_process: Any, start_server: Any, config: dict[
             step_in_turns()
         assert caught.value.reason is None
         killer.join()
+        assert process.wait(timeout=20) == -signal.SIGKILL  # its sockets close before its locks go
     start_server(**config)
     with Client(target) as client:
         there = {info.session_id for info in client.list_sessions()}
