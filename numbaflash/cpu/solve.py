@@ -149,15 +149,16 @@ class _Call:
         self._run_in_parts(prefill, PREFILL_SCRATCH, self._pairs * -(-self._panels // per_item))
 
     def _decode(self) -> None:
-        items: int = plan_decode(self._task.address)
+        plan_decode(self._task.address, thread_count())
         self._kv_tokens = self._task["kv_tokens"]
         if (splits := self._task["splits"]) > 1:
             rows = self._task["rows_per_item"]
-            self._allocate_workspace(items * rows * partial_bytes(self._runs.value_dim))
-            splits_done = np.zeros(items // splits, np.int64)
+            units = self._pairs * -(-self._tokens * self._task["group"] // rows)
+            self._allocate_workspace(units * splits * rows * partial_bytes(self._runs.value_dim))
+            splits_done = np.zeros(units, np.int64)
             self._task["splits_done"] = splits_done.ctypes.data
             self._keep_alive += (splits_done,)
-        self._run_in_parts(decode, DECODE_SCRATCH, items)
+        self._run_in_parts(decode, DECODE_SCRATCH, self._task["items"])
 
     def flash_v1(self) -> None:
         """FlashAttention-1; its threads share heads alone."""

@@ -15,7 +15,7 @@ NO_BIAS = -1
 # Addresses and strides are in bytes; an address of 0 means that the call has no such array.
 _INTEGERS = (
     # The work: items are taken by adding to next_item, and reported by adding to items_done.
-    *("next_item", "items_done", "items", "rows_per_item", "splits"),
+    *("next_item", "items_done", "items", "rows_per_item", "heads_per_item", "splits"),
     "kv_tokens",  # of all runs
     *("sequences", "q_tokens", "q_heads", "kv_heads", "group", "head_dim", "value_dim"),
     # q_bounds: where sequences have different numbers of tokens, and lie one behind the other (q_batch is 0 then).

@@ -118,6 +118,22 @@ def test_bits_do_not_depend_on_the_number_of_threads(q_tokens: int, monkeypatch:
         np.testing.assert_array_equal(lse, results[0][1])
 
 
+@pytest.mark.parametrize("heads", [(21, 21), (40, 20)])
+@pytest.mark.parametrize("q_tokens", [1, 3])
+def test_heads_that_are_read_together_get_what_each_gets_alone(
+    heads: tuple[int, int], q_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With one thread, 16 heads of these go together, or 8, and then the rest.
+    monkeypatch.setattr(entry, "thread_count", lambda: 1)
+    q, k, v = qkv(2, q_tokens, 1100, heads, (48, 20))
+    v[0, 500, 3, 7] = np.nan
+    together = solve(q, k, v, causal=True, kv_lengths=[1100, 700])
+    apart = (np.ascontiguousarray(x.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3) for x in (k, v))
+    for got, expected in zip(together, solve(q, *apart, causal=True, kv_lengths=[1100, 700]), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert np.isnan(together[0]).any(axis=(0, 1, 3)).sum() == heads[0] // heads[1]
+
+
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 8, 50])
 @pytest.mark.parametrize(("left", "sinks"), [(cpu.UNBOUNDED, 0), (90, 0), (90, 5), (700, 600)])

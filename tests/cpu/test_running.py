@@ -39,6 +39,20 @@ def test_helpers_are_started_once_and_shared(monkeypatch: pytest.MonkeyPatch) ->
     assert helpers() == max(before, 2)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be kept off a CPU here")
+def test_helpers_leave_the_callers_cpu_to_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry, "thread_count", lambda: 3)
+    cpus = os.sched_getaffinity(0)
+    for cpu in (*cpus, *cpus):
+        monkeypatch.setattr(pool, "_current_cpu", lambda cpu=cpu: cpu)
+        solve(*qkv(1, 300, 2000, (4, 2), (64, 64)))
+        helpers = [thread for thread in threading.enumerate() if thread.name.startswith("numbaflash-")]
+        assert helpers
+        for helper in helpers:
+            assert os.sched_getaffinity(helper.native_id) == (cpus - {cpu} or cpus)
+    assert os.sched_getaffinity(0) == cpus
+
+
 def test_a_small_problem_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool._Helpers, "ask", lambda *_: pytest.fail("woke up a helper"))
     solve(*qkv(1, 1, 300, (9, 3), (64, 64)))
