@@ -8,24 +8,22 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..cpu import RUN_FIELDS, Codes, KVRuns, Visibility, attend_runs
 from ..cpu.code_paging import list_parts
+from ..cpu.fit import all_finite
 from ..cpu.record import address_of
 from ..problem import Scoring
 from .host_quantized import FilledPages, HostQuantizedLayer
-from .quantized import in_float16
+from .quantized import check_finite, in_float16
 from .quantizers import Quantizer
 from .token_ring import RingBatch
 
 __all__ = ["append", "attend", "step"]
-
-# A number above that of any page.
-_NO_PAGE = 1 << 62
 
 
 def step(
@@ -81,24 +79,6 @@ def attend(layers: Sequence[HostQuantizedLayer], q: NDArray[Any], scoring: Scori
     return _Batch(layers, none, none).attend(q, scoring)
 
 
-class _Parts(NamedTuple):
-    """Queries of several layers, parted by the pages that they lie in.
-
-    Attributes:
-        tokens: How many each part has.
-        owners: Number of its layer.
-        rows: Runs that it may see.
-        records: Parts as `list_parts` takes them.
-        addresses: What those refer to.
-    """
-
-    tokens: list[int]
-    owners: list[int]
-    rows: list[int]
-    records: array[int]
-    addresses: list[array[int]]
-
-
 class _Batch:
     """Layers of several caches, and tokens that follow those in them: none, or as many for each.
 
@@ -112,87 +92,77 @@ class _Batch:
 
     def __init__(self, layers: Sequence[HostQuantizedLayer], k: NDArray[Any], v: NDArray[Any]) -> None:
         self._layers = layers
-        k = _folded(layers, k, Quantizer.fold_keys)
-        self._keys, self._values = in_float16("k", k), in_float16("v", v)
-        self.rings = RingBatch([layer.ring for layer in layers], self._keys, self._values)
-        self._filled: list[FilledPages] = []
+        keys, values = in_float16(_folded(layers, k, Quantizer.fold_keys)), in_float16(v)
+        self.rings = RingBatch([layer.ring for layer in layers], keys, values)
+        self._new = keys.shape[1]
+        k_at, *_, v_at, _, _, _ = self.rings.places
+        if not all_finite(k_at, v_at, keys.size):
+            check_finite("k", keys)
+            check_finite("v", values)
+        self._filled: dict[int, FilledPages] = {}  # by the layers' numbers here
         try:
             for n, layer in enumerate(layers):
-                pages = layer.fill_pages(self._keys[n], self._values[n])
-                self._filled.append(pages)
+                if layer.fills_pages(self._new):
+                    self._filled[n] = layer.fill_pages(keys[n], values[n])
         except BaseException:
             self.discard()
             raise
 
     def discard(self) -> None:
         """Give back the pages that the tokens fill, in the place of `write`."""
-        for layer, filled in zip(self._layers, self._filled, strict=False):
-            layer.give_back(filled)
+        for n, filled in self._filled.items():
+            self._layers[n].give_back(filled)
 
     def write(self, fresh: Any) -> None:
         """Append the tokens, with what `rings.reserve` returned, and the pages that they fill; it cannot fail."""
         self.rings.write(fresh)
-        for layer, filled in zip(self._layers, self._filled, strict=True):
-            layer.place(filled)
+        for n, filled in self._filled.items():
+            self._layers[n].place(filled)
+        for layer in self._layers:
+            layer.overwritten_by_codes()
 
     def attend(self, q: NDArray[Any], scoring: Scoring) -> NDArray[Any]:
         """Attend with the queries (N, T, Hq, D) of the last T tokens, those that follow among them."""
-        tokens = q.shape[1]
+        sequences, tokens = q.shape[:2]
         if not tokens:
             return np.empty_like(q)
-        parts = self._part_last(tokens)
-        runs, visibility = self._seen_by(parts)
+        counts = [layer.count_parts(tokens, self._new) for layer in self._layers]
+        runs, visibility, bounds = self._seen_by(tokens, counts)
         queries = _folded(self._layers, q, Quantizer.fold_queries)
-        if len(parts.tokens) == len(q):
+        if len(bounds) == sequences + 1:
             return attend_runs(queries, runs, visibility, scoring)[0].astype(q.dtype, copy=False)
         if scoring.alibi_slopes is not None:
-            scoring = replace(scoring, alibi_slopes=np.ascontiguousarray(scoring.alibi_slopes[parts.owners]))
-        bounds = np.cumsum([0, *parts.tokens])
+            owners = np.repeat(np.arange(sequences), counts)
+            scoring = replace(scoring, alibi_slopes=np.ascontiguousarray(scoring.alibi_slopes[owners]))
         out, _ = attend_runs(queries.reshape(-1, *q.shape[2:]), runs, visibility, scoring, bounds)
         return out.reshape(q.shape).astype(q.dtype, copy=False)
 
-    def _part_last(self, tokens: int) -> _Parts:
-        """Part the queries of the last tokens by the pages that they lie in."""
-        parts = _Parts([], [], [], array("q"), [])
-        keys, k_layer, _, _, values, v_layer, _, _ = self.rings.places
-        for n, (layer, filled) in enumerate(zip(self._layers, self._filled, strict=True)):
-            new_page, new_pages = _NO_PAGE, 0
-            if filled.pages:
-                pages = array("q", [layer.table.pool.address(page) for page in filled.pages])
-                parts.addresses.append(pages)
-                new_page, new_pages = filled.first, address_of(pages)
-            held = layer.ring.record.address, layer.record.address
-            new = keys + n * k_layer, values + n * v_layer, new_page, new_pages
-            stop = layer.length + self._keys.shape[1]
-            for own, start, behind in layer.layout.by_pages(stop - tokens, stop):
-                first = layer.first_page(start)
-                parts.records.extend((*held, first, own, start, behind, *new))  # in the order of `Part`
-                parts.rows.append(layer.layout.sink_slots + own - first + 3)
-                parts.tokens.append(behind - start)
-                parts.owners.append(n)
-        return parts
-
-    def _seen_by(self, parts: _Parts) -> tuple[KVRuns, Visibility]:
-        count = len(parts.tokens)
-        rows = sum(parts.rows)
+    def _seen_by(self, queries: int, counts: list[int]) -> tuple[KVRuns, Visibility, NDArray[np.int64]]:
+        """What the last queries of each layer see, parted by pages into so many, and the parts' bounds among them."""
+        parts = sum(counts)
+        rows = sum([count * layer.max_runs(self._new) for layer, count in zip(self._layers, counts, strict=True)])
         # Side by side, for NumPy takes its time for each array.
-        numbers = np.empty(5 * count + 1 + rows * (RUN_FIELDS + 2), np.int64)
-        bounds_at, table_at = 4 * count, 5 * count + 1
+        numbers = np.empty(6 * parts + 2 + rows * (RUN_FIELDS + 2), np.int64)
+        bounds_at, query_bounds_at, table_at = 4 * parts, 5 * parts + 1, 6 * parts + 2
         parameters_at = table_at + rows * RUN_FIELDS
+        layers = array("q", [layer.record.address for layer in self._layers])
+        new_pages, addresses = self._new_pages()
         address = address_of(numbers)
-        _, _, k_token, k_head, _, _, v_token, v_head = self.rings.places
         used = list_parts(
-            address_of(parts.records),
-            count,
-            k_token,
-            k_head,
-            v_token,
-            v_head,
+            address_of(layers),
+            len(layers),
+            queries,
+            self._new,
+            *self.rings.places,
+            address_of(new_pages),
+            parts,
             address,
             address + 8 * bounds_at,
+            address + 8 * query_bounds_at,
             address + 8 * table_at,
             address + 8 * parameters_at,
         )
+        del addresses  # `new_pages` refers to them until here
         page_format = self._layers[0].page_format
         codes = Codes(
             parameters=numbers[parameters_at : parameters_at + 2 * used].reshape(used, 2),
@@ -203,8 +173,17 @@ class _Batch:
             page_size=page_format.page_size,
         )
         table = numbers[table_at : table_at + used * RUN_FIELDS].reshape(used, RUN_FIELDS)
-        runs = self.rings.runs(table, numbers[bounds_at:table_at], codes)
-        return runs, Visibility.of_rows(numbers[:bounds_at].reshape(4, count))
+        runs = self.rings.runs(table, numbers[bounds_at:query_bounds_at], codes)
+        return runs, Visibility.of_rows(numbers[:bounds_at].reshape(4, parts)), numbers[query_bounds_at:table_at]
+
+    def _new_pages(self) -> tuple[array[int], list[array[int]]]:
+        """The pages that no slot has yet, as `list_parts` takes them, and what that refers to."""
+        new_pages, addresses = array("q", bytes(16 * len(self._layers))), []
+        for n, filled in self._filled.items():
+            pool = self._layers[n].table.pool
+            addresses.append(array("q", [pool.address(page) for page in filled.pages]))
+            new_pages[2 * n], new_pages[2 * n + 1] = filled.first, address_of(addresses[-1])
+        return new_pages, addresses
 
 
 def _folded(

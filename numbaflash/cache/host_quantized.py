@@ -29,7 +29,7 @@ class HostQuantizedLayer(QuantizedLayer):
     """A `QuantizedLayer` in host memory.
 
     Attributes:
-        record: Its pages of codes as compiled functions see them.
+        record: The layer as compiled functions see it.
     """
 
     ring: TokenRing
@@ -46,6 +46,7 @@ class HostQuantizedLayer(QuantizedLayer):
     ) -> None:
         super().__init__(index, layout, ring, page_format, table, quantizer)
         self.record = CodePages(
+            ring=ring.record.address,
             pages=table.addresses.ctypes.data,
             slots=layout.ring_slots,
             row_bytes=page_format.row_nbytes,
@@ -63,8 +64,6 @@ class HostQuantizedLayer(QuantizedLayer):
             MemoryError: There are no more pages.
         """
         first, contents = self.quantize_full_pages(keys, values)
-        if not len(contents):
-            return FilledPages(first, ())
         pool, pages = self.table.pool, list[int]()
         try:
             for content in contents:
@@ -84,4 +83,17 @@ class HostQuantizedLayer(QuantizedLayer):
         """Put pages in their slots, whose tokens the ring has got now."""
         for number, page in enumerate(filled.pages, filled.first):
             self.table[self.slot_of(number)] = page
-        self.overwritten_by_codes()
+
+    def count_parts(self, queries: int, new: int) -> int:
+        """Return into how many pages so many of the last tokens fall, `new` tokens that follow among them."""
+        stop = self.length + new
+        return self._page_of(stop - 1) - self._page_of(stop - queries) + 1
+
+    def max_runs(self, new: int) -> int:
+        """Return how many runs the queries of one page may see, with `new` tokens that follow."""
+        raw, codes = self.layout.sink_slots, min(self.layout.ring_slots, self._page_of(self.length + new) + 1)
+        return raw + codes + 3
+
+    def _page_of(self, position: int) -> int:
+        """The number of a position's page behind the sink tokens; those go with the first."""
+        return max(position - self.layout.sink_tokens, 0) // self.layout.page_size

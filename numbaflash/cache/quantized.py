@@ -20,14 +20,13 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cpu.fit import all_finite
 from ..problem import FLOAT16
 from .layer import Layer, Ring
 from .layout import RingLayout
 from .page_format import PageFormat
 from .quantizers import Quantizer
 
-__all__ = ["CodeTable", "QuantizedLayer"]
+__all__ = ["CodeTable", "QuantizedLayer", "check_finite", "in_float16"]
 
 
 class CodeTable(Protocol):
@@ -111,7 +110,15 @@ class QuantizedLayer(Layer):
         Raises:
             ValueError: Some are not finite in float16.
         """
-        return in_float16("k", self.quantizer.fold_keys(self.index, keys)), in_float16("v", values)
+        keys, values = in_float16(self.quantizer.fold_keys(self.index, keys)), in_float16(values)
+        check_finite("k", keys)
+        check_finite("v", values)
+        return keys, values
+
+    def fills_pages(self, tokens: int) -> bool:
+        """Return whether so many new tokens fill a page."""
+        first, behind = self._filled_by(tokens)
+        return first < behind
 
     def quantize_full_pages(self, keys: NDArray[Any], values: NDArray[Any]) -> tuple[int, NDArray[np.uint8]]:
         """Return the pages that new tokens fill, which `fold_and_round` returned; the layer does not change.
@@ -120,7 +127,7 @@ class QuantizedLayer(Layer):
             The number of the first one behind the sink tokens, and all of them, (pages, page_nbytes).
         """
         length, sinks, size = self.length, self.layout.sink_tokens, self.layout.page_size
-        first, behind = max(length - sinks, 0) // size, max(length + len(keys) - sinks, 0) // size
+        first, behind = self._filled_by(len(keys))
         if first == behind:
             return first, np.empty((0, self.page_format.page_nbytes), np.uint8)
         # The first of them may have begun in earlier steps, or in this one behind its sink tokens.
@@ -130,6 +137,11 @@ class QuantizedLayer(Layer):
             tokens = np.concatenate((old, new[max(begin - length, 0) :]))
             whole.append(tokens[: (behind - first) * size].reshape(behind - first, size, *new.shape[1:]))
         return first, self.quantizer.pack(self.page_format, *whole)
+
+    def _filled_by(self, tokens: int) -> tuple[int, int]:
+        """Numbers of the first page that new tokens fill, and of the one behind the last."""
+        inside, size = self.length - self.layout.sink_tokens, self.layout.page_size
+        return max(inside, 0) // size, max(inside + tokens, 0) // size
 
     def overwritten_by_codes(self) -> None:
         """The layer's tokens have become more: pages of codes that have left the ring are lost."""
@@ -189,22 +201,24 @@ class QuantizedLayer(Layer):
         return sinks + (position - sinks) // size * size if position >= sinks else 0
 
 
-def in_float16(name: str, given: NDArray[Any]) -> NDArray[Any]:
-    """Return tokens (..., Hkv, D) in float16, contiguous.
+def in_float16(given: NDArray[Any]) -> NDArray[Any]:
+    """Return tokens in float16, contiguous; what is too large for it becomes infinite."""
+    if given.dtype == FLOAT16:
+        return np.ascontiguousarray(given)
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(given, FLOAT16)
+
+
+def check_finite(name: str, tokens: NDArray[Any]) -> None:
+    """See that tokens in float16, (..., T, Hkv, D), can be quantized.
 
     Raises:
         ValueError: Some are not finite.
     """
-    if given.dtype == FLOAT16:
-        stored = np.ascontiguousarray(given)
-    else:
-        with np.errstate(over="ignore"):
-            stored = np.ascontiguousarray(given, FLOAT16)
-    if not all_finite(stored.ctypes.data, stored.size):
-        *_, row, head, _ = (int(axis[0]) for axis in np.nonzero(~np.isfinite(stored)))
-        tokens = given.reshape(-1, *given.shape[-3:])
+    found = np.argwhere(~np.isfinite(tokens))
+    if len(found):
+        *_, token, head, _ = found[0]
         raise ValueError(
-            f"{name} must be finite in float16 to be quantized, got {tokens[:, row, head].max()} or NaN "
-            f"among token {row}, head {head}"
+            f"{name} must be finite in float16 to be quantized, at most 65504; "
+            f"got {tokens[tuple(found[0])]} in token {token}, head {head}"
         )
-    return stored

@@ -8,38 +8,24 @@ from .record import Record, record_at
 from .runs import RUN_FIELDS
 from .vector import load_int, store_int
 
-__all__ = ["CodePages", "Part", "list_parts"]
+__all__ = ["CodePages", "list_parts"]
 
 _ROW = 8 * RUN_FIELDS
 _PARAMETERS_ROW = 8 * 2
 
 
 class CodePages(
-    Record, integers=("pages", "slots", "row_bytes", "key_head", "value_head", "values", "parameters", "window")
+    Record, integers=("ring", "pages", "slots", "row_bytes", "key_head", "value_head", "values", "parameters", "window")
 ):
-    """A layer's pages of codes, as the function below sees them; see `cache.page_format.PageFormat`.
+    """A quantized layer, as the function below sees it; see `cache.page_format.PageFormat`.
 
-    `pages` is the address of the page table: for each of the slots, the address of its page. From there it is `values`
-    bytes to the first head's values, and from a head's codes `parameters` bytes to their scales. `window` is the
-    cache's.
-    """
-
-
-class Part(
-    Record,
-    integers=("ring", "codes", "first", "own", "start", "stop", "keys", "values", "new_page", "new_pages"),
-):
-    """Queries of a layer that lie in one page, `own`: those from `start` to `stop`.
-
-    They see pages of codes from `first` on, by their numbers behind the sink tokens. `ring` and `codes` are addresses
-    of the layer's RingRecord and CodePages. Tokens that the ring does not hold yet lie at `keys` and `values`; pages of
-    the number `new_page` and above are no slot's yet, but lie at the addresses at `new_pages`.
+    `ring` is the address of the RingRecord of its tokens in float16, `pages` that of the page table: for each of the
+    slots, the address of its page of codes. From there it is `values` bytes to the first head's values, and from a
+    head's codes `parameters` bytes to their scales. `window` is the cache's.
     """
 
 
 _code_pages_at = record_at(CodePages.dtype)
-_part_at = record_at(Part.dtype)
-_PART_BYTES = Part.dtype.itemsize
 
 
 @native
@@ -60,69 +46,113 @@ def _clear_parameters(address, behind):
 
 
 @native
-def _list_part(part, k_token, k_head, v_token, v_head, row, to):
-    """Write what a part's queries see as rows of both tables; the address behind the rows of the first."""
-    ring, codes = ring_at(part.ring), _code_pages_at(part.codes)
-    length, table, parameters = ring.length, row, to
-    sinks = min(ring.sink_tokens, part.stop)
+def _list_part(codes, start, stop, own, keys, k_token, k_head, values, v_token, v_head, new_page, new_pages, row, to):
+    """Write what queries in a page see as rows of both tables; the address behind the rows of the first."""
+    ring = ring_at(codes.ring)
+    length, sink_tokens, page_size, table, parameters = ring.length, ring.sink_tokens, ring.page_size, row, to
+    sinks = min(sink_tokens, stop)
     row = list_stretches(ring, 0, min(sinks, length), row)
-    row = _list_new(length, length, sinks, part.keys, k_token, k_head, part.values, v_token, v_head, row)
+    row = _list_new(length, length, sinks, keys, k_token, k_head, values, v_token, v_head, row)
     to += (row - table) // _ROW * _PARAMETERS_ROW
     _clear_parameters(parameters, to)
 
-    for page in range(part.first, part.own):
+    for page in range(max(start - codes.window + 1 - sink_tokens, 0) // page_size, own):
         address = (
-            load_int(part.new_pages + 8 * (page - part.new_page))
-            if page >= part.new_page
+            load_int(new_pages + 8 * (page - new_page))
+            if new_pages != 0 and page >= new_page
             else load_int(codes.pages + 8 * (page % codes.slots))
         )
-        k, v = address, address + codes.values
-        start = ring.sink_tokens + page * ring.page_size
-        store_run(row, k, v, start, ring.page_size, codes.row_bytes, codes.key_head, codes.row_bytes, codes.value_head)
+        k, v, first = address, address + codes.values, sink_tokens + page * page_size
+        store_run(row, k, v, first, page_size, codes.row_bytes, codes.key_head, codes.row_bytes, codes.value_head)
         store_int(to, k + codes.parameters)
         store_int(to + 8, v + codes.parameters)
         row += _ROW
         to += _PARAMETERS_ROW
 
-    begin = ring.sink_tokens + part.own * ring.page_size
-    row = list_stretches(ring, begin, min(part.stop, length), row)
-    start = max(begin, length)
-    row = _list_new(length, start, part.stop, part.keys, k_token, k_head, part.values, v_token, v_head, row)
+    begin = sink_tokens + own * page_size
+    row = list_stretches(ring, begin, min(stop, length), row)
+    row = _list_new(length, max(begin, length), stop, keys, k_token, k_head, values, v_token, v_head, row)
     _clear_parameters(to, parameters + (row - table) // _ROW * _PARAMETERS_ROW)
     return row
 
 
 @kernel
-def list_parts(parts, count, k_token, k_head, v_token, v_head, sides, bounds, table, parameters):
-    """Write what the queries of each part see: rows of `Visibility`, `KVRuns` and `Codes`.
+def list_parts(
+    layers,
+    count,
+    queries,
+    new,
+    keys,
+    k_sequence,
+    k_token,
+    k_head,
+    values,
+    v_sequence,
+    v_token,
+    v_head,
+    new_pages,
+    parts,
+    sides,
+    bounds,
+    query_bounds,
+    table,
+    parameters,
+):
+    """Write what the last `queries` tokens of each layer see, parted by the pages that they lie in.
 
-    That is the sink tokens, pages of codes, and the tokens of their own page. A part takes a row for each of its ring's
-    sink slots and of its pages of codes, and three more at most.
+    Those of a part see the sink tokens, pages of codes, and the tokens of their own page. The sink tokens go with the
+    first page.
 
     Args:
-        parts: Address of
-        count: so many Parts.
-        k_token: Bytes between new tokens' keys,
-        k_head: and between heads,
-        v_token: and of values
-        v_head: likewise.
-        sides: Address of `Visibility.rows`.
+        layers: Address of the addresses of
+        count: so many CodePages.
+        queries: Tokens of each whose queries they are.
+        new: How many tokens of each are in no ring yet; all of them queries.
+        keys: Address of the first new token's first key, and so on as in `paging.list_rings`.
+        k_sequence: Likewise.
+        k_token: Likewise.
+        k_head: Likewise.
+        values: Likewise.
+        v_sequence: Likewise.
+        v_token: Likewise.
+        v_head: Likewise.
+        new_pages: Address of two integers for each layer: the number of the first page of codes that is in no slot
+            yet, and the address of the addresses of those pages; 0 where there are none.
+        parts: How many there are.
+        sides: Address of `Visibility.rows`, a sequence for each part.
         bounds: Address of `KVRuns.bounds`.
-        table: Address of `KVRuns.table`.
+        query_bounds: Address of the parts' bounds among all queries.
+        table: Address of `KVRuns.table`; a part takes a row for each of its layer's slots and sink slots, and three
+            more at most.
         parameters: Address of `Codes.parameters`.
 
     Returns:
         The number of rows.
     """
-    row = table
+    row, part, query = table, 0, 0
     store_int(bounds, 0)
+    store_int(query_bounds, 0)
     for n in range(count):
-        part = _part_at(parts + n * _PART_BYTES)
-        store_int(sides + 8 * n, part.start)
-        store_int(sides + 8 * (count + n), _code_pages_at(part.codes).window - 1)
-        store_int(sides + 8 * (2 * count + n), 0)
-        store_int(sides + 8 * (3 * count + n), ring_at(part.ring).sink_tokens)
-        to = parameters + (row - table) // _ROW * _PARAMETERS_ROW
-        row = _list_part(part, k_token, k_head, v_token, v_head, row, to)
-        store_int(bounds + 8 * (n + 1), (row - table) // _ROW)
+        codes = _code_pages_at(load_int(layers + 8 * n))
+        ring = ring_at(codes.ring)
+        k, v = keys + n * k_sequence, values + n * v_sequence
+        first_new, addresses = load_int(new_pages + 16 * n), load_int(new_pages + 16 * n + 8)
+        stop = ring.length + new
+        start = stop - queries
+        while start < stop:
+            own = max(start - ring.sink_tokens, 0) // ring.page_size
+            behind = min(ring.sink_tokens + (own + 1) * ring.page_size, stop)
+            store_int(sides + 8 * part, start)
+            store_int(sides + 8 * (parts + part), codes.window - 1)
+            store_int(sides + 8 * (2 * parts + part), 0)
+            store_int(sides + 8 * (3 * parts + part), ring.sink_tokens)
+            to = parameters + (row - table) // _ROW * _PARAMETERS_ROW
+            row = _list_part(
+                codes, start, behind, own, k, k_token, k_head, v, v_token, v_head, first_new, addresses, row, to
+            )
+            query += behind - start
+            part += 1
+            store_int(bounds + 8 * part, (row - table) // _ROW)
+            store_int(query_bounds + 8 * part, query)
+            start = behind
     return (row - table) // _ROW
