@@ -8,9 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("thorough", max_examples=2000, stateful_step_count=100)
+# A machine that others use as well stands still for a second now and then: no example need be quick.
+_PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("patient", _PATIENT)
+settings.register_profile("thorough", _PATIENT, max_examples=2000, stateful_step_count=100)
+settings.load_profile("patient")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -16,7 +16,7 @@ def law(examples, *strategies):
         def test(backend):
             count = examples if backend == "cpu" else examples // 8
             drawn = [strategy(backend) if callable(strategy) else strategy for strategy in strategies]
-            settings(deadline=None, max_examples=count)(given(*drawn)(body))(backend)
+            settings(max_examples=count)(given(*drawn)(body))(backend)
 
         return test
 

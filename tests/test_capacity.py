@@ -53,7 +53,7 @@ STORAGES = st.sampled_from(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     storage=STORAGES,
     layers=st.integers(1, 3),

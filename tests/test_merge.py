@@ -13,7 +13,7 @@ import numbaflash
 B, SQ, HQ, HKV, D = 2, 3, 4, 2, 8
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 40), st.integers(0, 40), st.sampled_from(["float32", "float16", "bfloat16"]))
 def test_two_parts_merge_into_the_whole(left, right, dtype):
     rng = np.random.default_rng(left)

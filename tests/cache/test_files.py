@@ -31,7 +31,7 @@ def filled(count, *, layers=2, dtype="float32", **options):
     return cache
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 90), st.sampled_from(["float32", "float16", "bfloat16"]), st.integers(0, 5))
 def test_a_loaded_cache_goes_on_with_the_same_bits(tmp_path_factory, count, dtype, back):
     path = tmp_path_factory.mktemp("cache") / "cache.safetensors"
@@ -89,7 +89,7 @@ def test_a_flipped_bit_is_noticed_and_the_page_named(tmp_path, place, page):
         numbaflash.RingKVCache.load(path)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_a_file_with_any_byte_changed_never_gives_other_tokens(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "changed"

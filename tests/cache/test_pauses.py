@@ -27,7 +27,7 @@ def arrays(tokens: int, q_heads: int = 4, seed: int = 0) -> list[np.ndarray]:
     return [rng.standard_normal((tokens, heads, 32)).astype(np.float32) for heads in (q_heads, 2, 2)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     dtype=st.sampled_from(["float32", "float16", "int8", "int4"]),
     page_size=st.sampled_from([8, 64]),

@@ -149,7 +149,7 @@ def test_float32_is_as_good_as_float32(q_tokens: int) -> None:
     assert np.abs(out - expected).max() <= 1.5 * np.abs(plain - expected).max()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_problem(data: st.DataObject) -> None:
     draw = data.draw

@@ -45,7 +45,7 @@ def paged(k: NDArray[Any], v: NDArray[Any], size: int, seed: int) -> list[tuple[
     return sorted(pieces, key=lambda piece: piece[2])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_row_has_the_same_bits_however_the_sequence_is_cut_into_steps(data: st.DataObject) -> None:
     draw = data.draw

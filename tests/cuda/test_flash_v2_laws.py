@@ -48,7 +48,7 @@ def every_option(draw, rng, shape):
 
 
 @pytest.mark.parametrize("options", [causal, window, every_option])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_any_problem_is_solved_as_the_reference_solves_it(options, data):
     shape = batch, q_tokens, kv_tokens, q_heads, kv_heads = data.draw(shapes())

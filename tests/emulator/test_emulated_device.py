@@ -91,7 +91,7 @@ def test_limits_of_the_device() -> None:
         device.copy_in(kept.address, np.zeros((4, 4))[:, ::2])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5000)), max_size=60))
 def test_allocations_never_overlap_and_keep_their_bytes(steps: list[tuple[bool, int]]) -> None:
     device = EmulatedDevice()

@@ -76,7 +76,7 @@ def outcome(text: str) -> str:
     return "ran"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_damaged_text_is_never_a_traceback(data: st.DataObject) -> None:
     """A token is deleted, doubled or replaced by another one of the text."""

@@ -84,7 +84,7 @@ def check(table: list[Any], program: Any, values: list[Array], kind: str) -> Non
     same(memory, np.concatenate(registers))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(programs(INTEGER), st.integers(0, 2**32 - 1))
 def test_integer_programs(program: Any, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -95,7 +95,7 @@ def test_integer_programs(program: Any, seed: int) -> None:
     check(INTEGER, program, values, "b32")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(programs(FLOAT), st.integers(0, 2**32 - 1))
 def test_float_programs(program: Any, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -31,7 +31,7 @@ def test_a_server_takes_the_gpu_where_there_is_one(start_server: Any, driver: An
         assert "launch" in [call[0] for call in driver.calls]
 
 
-@settings(max_examples=5, deadline=None)  # the emulator takes 20 ms and more for a step
+@settings(max_examples=5)  # the emulator takes 20 ms and more for a step
 @given(**RINGS, storage=DEVICE_STORAGE)
 def test_a_session_of_a_gpu_is_a_ring_kv_cache_there(gpu_client: Client, **drawn: Any) -> None:
     check_that_a_session_is_a_cache(gpu_client, "cuda", dtype="float32", **drawn)

@@ -18,7 +18,7 @@ from numbaflash_service import Client, wire
 from .congruence import DEVICE_STORAGE, RINGS, check_that_a_session_is_a_cache
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     **RINGS,
     storage=st.sampled_from([*sorted(wire.DTYPES), "int8", "int4"]),
@@ -28,7 +28,7 @@ def test_a_session_is_a_ring_kv_cache(shared_client: Client, **drawn: Any) -> No
     check_that_a_session_is_a_cache(shared_client, "cpu", **drawn)
 
 
-@settings(max_examples=8, deadline=None)  # the emulator takes 20 ms and more for a step
+@settings(max_examples=8)  # the emulator takes 20 ms and more for a step
 @given(**RINGS, storage=DEVICE_STORAGE)
 def test_a_session_of_a_device_is_a_ring_kv_cache_there(emulated_client: Client, **drawn: Any) -> None:
     check_that_a_session_is_a_cache(emulated_client, "emulated", dtype="float32", **drawn)

@@ -468,7 +468,6 @@ def test_no_token_is_lost_doubled_or_wrong(
         settings=settings(
             settings.default,
             max_examples=settings.default.max_examples // 8,
-            deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
         ),
     )
