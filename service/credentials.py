@@ -50,9 +50,9 @@ def open_channel(target: str, tls: TLS | None) -> grpc.Channel:
         ("grpc.max_send_message_length", -1),
         ("grpc.http2.max_frame_size", FRAME_BYTES),
         ("grpc.enable_retries", 0),  # RetryPolicy does that, and knows what may be sent again
-        # A server that was just started, or started again, is found soon.
-        ("grpc.initial_reconnect_backoff_ms", 50),
-        ("grpc.min_reconnect_backoff_ms", 50),
+        # A server that was just started, or started again, is found soon. The third of these options, min, is how long
+        # a connection may take to be made: it stays at 20 s, for a server may be far away, or busy.
+        ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1000),
     ]
     if tls is None:

@@ -36,5 +36,5 @@ def check_on_a_driver(file: Path, directory: Path) -> None:
     """
     tests = Path(__file__).parent
     command = [sys.executable, "-c", RUN, str(directory), str(cache_directory()), str(file), str(tests)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tests.parent, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tests.parent, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr

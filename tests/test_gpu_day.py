@@ -37,7 +37,7 @@ def test_the_script_runs_a_part_in_a_process_of_its_own(tmp_path):
 def test_a_part_that_ends_early_is_a_row_that_says_why():
     (stopped,) = run_apart(PARTS[0], emulated=True, seconds=0.01)
     assert stopped["failed"] == "stopped after 0 s"
-    (crashed,) = run_apart(Part("unknown", "nowhere:nothing", 10), emulated=True, seconds=10)
+    (crashed,) = run_apart(Part("unknown", "nowhere:nothing", 600), emulated=True, seconds=600)
     assert crashed["failed"] == "exit status 2"
     assert "invalid choice: 'unknown'" in crashed["log"]
     report = markdown({"date": "", "seconds": 1, "emulated": False, "parts": {"one": [{"a": 0.5}, crashed]}})

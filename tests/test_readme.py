@@ -37,6 +37,6 @@ def test_the_example_of_the_service_runs_against_a_server(tmp_path: Path) -> Non
     (block,) = (block for block in BLOCKS if "numbaflash_service" in block)
     q, k = (np.ones((5, heads, 64), np.float16) for heads in (9, 3))
     with ServiceProcess() as server:
-        wait_until_serving(server.target, timeout=60.0, meanwhile=server.check_alive)
+        wait_until_serving(server.target, timeout=300.0, meanwhile=server.check_alive)
         names = run(block.replace("127.0.0.1:50051", server.target), tmp_path, layer=0, q=q, k=k, v=k)
     assert names["out"].shape == q.shape

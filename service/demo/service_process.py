@@ -89,7 +89,7 @@ def wait_until_serving(target: str, timeout: float, meanwhile: Callable[[], None
     """
     until = time.monotonic() + timeout
     # Without these a refused connection is tried again after a second only.
-    backoff = [(f"grpc.{which}_reconnect_backoff_ms", 50) for which in ("initial", "min", "max")]
+    backoff = [(f"grpc.{which}_reconnect_backoff_ms", 100) for which in ("initial", "max")]
     with grpc.insecure_channel(target, options=backoff) as channel:
         check = health_pb2_grpc.HealthStub(channel).Check
         while True:

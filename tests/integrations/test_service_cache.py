@@ -18,8 +18,9 @@ from numbaflash_service import Client, ServiceError, Session
 register()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def target() -> Iterator[str]:
+    """A server that nobody else has left a session on."""
     server = RunningServer()
     yield server.target
     server.stop()

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,12 +106,15 @@ def test_a_step_whose_answer_was_lost_before_a_restart_is_answered_after_it(
     assert stock.Decode(step_request(session_id, tokens(1), position=6, request_id="d")).position == 7
 
 
-def test_time_to_live_goes_on_while_the_server_is_down(start_server: Any, config: dict[str, Any]) -> None:
+def test_time_to_live_goes_on_while_the_server_is_down(
+    start_server: Any, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = start_server(**config)
     with Client(server.target) as client:
-        session = client.create_session(**SHAPE, ttl=0.5)
+        session = client.create_session(**SHAPE, ttl=100.0)
         server.stop()
-        time.sleep(0.5)
+        later = SimpleNamespace(monotonic=time.monotonic, time=lambda: time.time() + 100.0)
+        monkeypatch.setattr(memory, "time", later)
         server = start_server(**config)
         server.wait_until(lambda: not len(server.server._servicer._table))
         with pytest.raises(SessionExpiredError):

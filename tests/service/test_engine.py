@@ -112,7 +112,8 @@ def test_a_batch_is_as_large_as_configured(
 def test_a_configured_wait_collects_steps_that_come_apart(
     start_server: Any, connect_stock: Any, qkv: Callable[..., Any], step_request: Any
 ) -> None:
-    server = start_server(batch_wait=0.5, max_batch=3)  # three steps are as many as are waited for
+    server = start_server(batch_wait=1.0, max_batch=3)
+    server.engine._backlog._batch_wait = 60.0  # which nobody waits: three steps are as many as are waited for
     stock = connect_stock(server)
     requests = [step_request(stock.new_session(), qkv(1)) for _ in range(3)]
     calls = []

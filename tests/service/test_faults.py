@@ -123,7 +123,8 @@ def test_a_session_that_is_closed_while_its_step_waits_takes_nobody_along(four: 
 
 def test_a_deadline_that_passes_in_the_queue_is_one_steps_own(four: Four) -> None:
     with four.server.engine_held():
-        calls = four.decode(**{f"of_{AT_FAULT}": 0.5})
+        # Long enough for the steps to come that wait with it.
+        calls = four.decode(**{f"of_{AT_FAULT}": 3.0})
         assert calls[AT_FAULT].exception(timeout=60).code() is grpc.StatusCode.DEADLINE_EXCEEDED
         step = four.server.submitted[AT_FAULT - len(LENGTHS)]
         four.server.wait_until(lambda: step.taken_back)  # the client may know it first

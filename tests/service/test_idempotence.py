@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -111,7 +112,7 @@ def answer(nbytes: int, made: float = 0.0) -> Answer:
 
 def test_kept_answers_stay_within_their_bytes_and_young_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(replay.time, "monotonic", lambda: now)
+    monkeypatch.setattr(replay, "time", SimpleNamespace(monotonic=lambda: now))
     answers = Answers(100)
     answers.keep("old", 0, answer(40, made=now - 2 * replay.KEPT_FOR_SECONDS))
     answers.keep("old", 1, answer(40, made=now - 2 * replay.KEPT_FOR_SECONDS))

@@ -7,7 +7,9 @@ import random
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -141,6 +143,12 @@ def test_connections_that_break_anywhere_lose_and_double_no_token(
             assert listed[session.id].steps == 40
 
 
+def test_a_server_that_is_slow_to_take_up_a_connection_is_waited_for(break_connections: Any) -> None:
+    proxy = break_connections(lambda: time.sleep(0.5) or 1 << 30)  # busy, or far away; and it breaks nothing
+    with Client(proxy.target, retry=RetryPolicy(attempts=1)) as client:
+        assert client.info().backend == "cpu"
+
+
 # -- sessions that are lost ------------------------------------------------------------------------------------------
 
 
@@ -225,10 +233,8 @@ def test_a_prompt_in_pieces_that_is_lost_in_the_middle_is_taken_whole(
     assert session.length(0) == 610
 
 
-def test_a_server_that_was_restarted_is_given_the_session_again(start_server: Any, qkv: Any) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        listen = [f"127.0.0.1:{probe.getsockname()[1]}"]
+def test_a_server_that_was_restarted_is_given_the_session_again(start_server: Any, qkv: Any, tmp_path: Path) -> None:
+    listen = [f"unix:{tmp_path}/socket"]
     first, history = start_server(listen=listen), History(1)
     cache = numbaflash.RingKVCache(1, 2, 16, capacity=64, dtype="float32")
     with Client(listen[0], retry=STUBBORN) as client:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import numbaflash
-from numbaflash_service import Client, RetryPolicy, Session, calls
+from numbaflash_service import Client, RetryPolicy, Session, calls, connection
 from numbaflash_service.errors import (
     BadTensorError,
     BusyError,
@@ -27,6 +27,7 @@ from numbaflash_service.v1 import attention_pb2 as pb
 
 LOST = ServiceError("the answer was lost", code=grpc.StatusCode.UNAVAILABLE)
 QUICK = RetryPolicy(attempts=5, first_delay=0.001)
+PATIENT = RetryPolicy(attempts=1000, max_delay=0.1)
 
 
 class Clock:
@@ -35,8 +36,10 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         self.slept: list[float] = []
-        monkeypatch.setattr(calls.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(calls.time, "sleep", self.sleep)
+        monkeypatch.setattr(calls, "time", self)  # for these calls alone: servers and their threads have the real one
+
+    def monotonic(self) -> float:
+        return self.now
 
     def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
@@ -170,12 +173,13 @@ def test_a_timeout_is_kept_and_the_step_can_be_called_again(server: Any, qkv: An
         with server.engine_held(), pytest.raises(ServiceError) as caught:
             session.step(0, **qkv(1), timeout=0.2)
         assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        server.wait_for_queue(0)  # until then the session is busy
         session.step(0, **qkv(1))
         assert session.length(0) == 2
 
 
 def test_a_busy_session_is_tried_again(server: Any, stock: Any, qkv: Any, step_request: Any) -> None:
-    with Client(server.target, retry=RetryPolicy(attempts=50, max_delay=0.02)) as client:
+    with Client(server.target, retry=PATIENT) as client:
         session = client.create_session(2, 2, 16, capacity=64)
         refused = threading.Event()
         submit = server.engine.submit
@@ -200,30 +204,26 @@ def test_a_busy_session_is_tried_again(server: Any, stock: Any, qkv: Any, step_r
         assert session.length(0) == 1
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def test_a_server_that_comes_up_late_is_waited_for(start_server: Any) -> None:
-    port = free_port()
-    starter = threading.Timer(0.3, start_server, kwargs={"listen": [f"127.0.0.1:{port}"]})
+def test_a_server_that_comes_up_late_is_waited_for(start_server: Any, tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/socket"
+    starter = threading.Timer(0.3, start_server, kwargs={"listen": [address]})
     starter.start()
-    with Client(f"127.0.0.1:{port}", retry=RetryPolicy(attempts=100, max_delay=0.1)) as client:
+    with Client(address, retry=PATIENT) as client:
         assert client.info().backend == "cpu"
     starter.join()
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_session_lost_with_its_server_is_an_error_that_says_so(start_server: Any, qkv: Any, stream: bool) -> None:
-    port = free_port()
-    first = start_server(listen=[f"127.0.0.1:{port}"])
-    with Client(f"127.0.0.1:{port}", retry=RetryPolicy(attempts=100, max_delay=0.1)) as client:
+def test_a_session_lost_with_its_server_is_an_error_that_says_so(
+    start_server: Any, qkv: Any, tmp_path: Path, stream: bool
+) -> None:
+    address = f"unix:{tmp_path}/socket"
+    first = start_server(listen=[address])
+    with Client(address, retry=PATIENT) as client:
         session = client.create_session(1, 2, 16, capacity=64, stream=stream)
         session.step(0, **qkv(1))
         first.stop()
-        start_server(listen=[f"127.0.0.1:{port}"])
+        start_server(listen=[address])
         with pytest.raises(SessionUnknownError):
             session.step(0, **qkv(1))
         fresh = client.create_session(1, 2, 16, capacity=64, stream=stream)
@@ -234,7 +234,8 @@ def listed_ids(stock: Any) -> list[str]:
     return [listed.session_id for listed in stock.ListSessions(pb.ListSessionsRequest()).sessions]
 
 
-def test_closing_a_client_closes_its_sessions(server: Any, stock: Any) -> None:
+def test_closing_a_client_closes_its_sessions(server: Any, stock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_CLOSE_SECONDS", 60.0)  # however busy the machine is
     with Client(server.target) as client:
         session = client.create_session(1, 2, 16, capacity=64)
         assert session.id in listed_ids(stock)
@@ -258,7 +259,7 @@ def test_closing_a_client_whose_server_is_gone_gives_up_at_the_first_session(
 
 
 def test_nobody_there_is_an_error_after_the_last_attempt() -> None:
-    with Client(f"127.0.0.1:{free_port()}", retry=RetryPolicy(attempts=3)) as client:
+    with Client("127.0.0.1:1", retry=RetryPolicy(attempts=3)) as client:
         with pytest.raises(ServiceError) as caught:
             client.info()
         assert caught.value.code is grpc.StatusCode.UNAVAILABLE

@@ -17,7 +17,7 @@ import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from typer.testing import CliRunner
 
-from numbaflash_service import TLS, Client, RetryPolicy
+from numbaflash_service import TLS, Client, RetryPolicy, auth
 from numbaflash_service.auth import TokenFile
 from numbaflash_service.cli import app
 from numbaflash_service.errors import ServiceError, UnauthenticatedError, from_call
@@ -168,7 +168,7 @@ def test_a_file_that_cannot_be_read_takes_nobody_away_and_lets_nobody_in(
         names.refresh()
         names.refresh()
         assert (names.name(alice), names.name(carol)) == ("alice", None)
-        assert len(caplog.records) == 1  # once, not every second
+        assert [record.name for record in caplog.records].count(auth.__name__) == 1  # once, not every second
         assert "secret" not in caplog.text
     tokens.write_text(token_line("carol", "of-carol"))
     names.refresh()

@@ -28,6 +28,11 @@ def outcome(call: Callable[..., Any], request: Any) -> str | None:
     return "taken"
 
 
+def sessions(stock: Any) -> dict[str, pb.SessionInfo]:
+    """What the server holds."""
+    return {session.session_id: session for session in stock.ListSessions(pb.ListSessionsRequest()).sessions}
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -57,11 +62,11 @@ def outcome(call: Callable[..., Any], request: Any) -> str | None:
     ],
 )
 def test_a_session_shape_that_cannot_be_is_refused_by_field(stock: Any, change: dict, field: str) -> None:
-    request = pb.CreateSessionRequest(shape=pb.SessionShape(**{**SHAPE, **change}))
+    request, before = pb.CreateSessionRequest(shape=pb.SessionShape(**{**SHAPE, **change})), sessions(stock).keys()
     error = refusal(stock.CreateSession, request)
     assert isinstance(error, BadTensorError)
     assert error.field == field
-    assert not stock.ListSessions(pb.ListSessionsRequest()).sessions
+    assert sessions(stock).keys() == before
 
 
 @pytest.mark.parametrize("ttl", [Duration(), Duration(seconds=-1), Duration(seconds=2**40), Duration(nanos=-1)])
@@ -72,13 +77,10 @@ def test_a_time_to_live_that_cannot_be_is_refused_by_field(stock: Any, ttl: Dura
 
 
 def test_what_a_shape_leaves_out_has_a_default(stock: Any) -> None:
-    stock.new_session(dtype="")
-    stock.new_session(rollback=0, page_size=8)
-    default, given_ = (session.shape for session in stock.ListSessions(pb.ListSessionsRequest()).sessions[-2:])
+    made = [stock.new_session(dtype=""), stock.new_session(rollback=0, page_size=8)]
+    default, given_ = (sessions(stock)[session_id].shape for session_id in made)
     assert (default.dtype, default.page_size, default.rollback) == ("float16", 64, 64)
     assert (given_.page_size, given_.rollback) == (8, 0)
-    for session in stock.ListSessions(pb.ListSessionsRequest()).sessions:
-        stock.CloseSession(pb.CloseSessionRequest(session_id=session.session_id))
 
 
 Arrays = dict[str, np.ndarray]
