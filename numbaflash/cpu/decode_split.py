@@ -53,8 +53,9 @@ SUMS = MAXIMA + 4 * MAX_ROWS
 _SHIFTS = SUMS + 4 * MAX_ROWS
 DECODE_SCRATCH = _SHIFTS + MAX_ROWS * SHIFTS_ROW
 
-# Keys that all heads of an item go through before the next ones, where it has several: their rows stay in the cache.
-_SHARED_TILE_KEYS = 32
+# Where an item has several heads, all of them go through so many keys before the next ones, and rows are asked for so
+# few keys ahead: those of the next tile would have to wait in the L1 cache for the other heads (a tenth slower).
+_SHARED_TILE_KEYS, _SHARED_AHEAD_KEYS = 32, 4
 
 
 @native
@@ -141,7 +142,9 @@ def _score(task, item, scratch):
             for head in range(item.heads):
                 kv_head, first = item.kv_head + head, head * item.padded_rows
                 keys = key_at(task, run, kv_head, item.begin + low)
-                if low + n < high:
+                if item.heads > 1:
+                    following = keys + _SHARED_AHEAD_KEYS * stride
+                elif low + n < high:
                     following = keys + n * stride
                 elif run + 1 < stop and high < item.keys:
                     following = key_at(task, run + 1, kv_head, run_field(task, run + 1, START))
@@ -260,7 +263,9 @@ def _weigh(task, task_address, item, scratch, exact):
                 kv_head, first = item.kv_head + head, head * item.padded_rows
                 values = value_at(task, run, kv_head, item.begin + low)
                 following = values
-                if low + n < high:
+                if item.heads > 1:
+                    following = values + _SHARED_AHEAD_KEYS * stride
+                elif low + n < high:
                     following = values + n * stride
                 elif run + 1 < stop and high < item.keys:
                     following = value_at(task, run + 1, kv_head, run_field(task, run + 1, START))
