@@ -156,6 +156,9 @@ class StepStream:
             if error.code() is grpc.StatusCode.CANCELLED:  # not by this side: the server cut it off
                 raise ServiceError("the stream was cut off", code=grpc.StatusCode.UNAVAILABLE) from None
             raise from_call(error) from None
+        except BaseException:  # Ctrl-C: the answer that is under way must not be taken for the next step's
+            self.close()
+            raise
         finally:
             self._deadline = math.inf
 

@@ -413,7 +413,7 @@ class Session:
 
         try:
             parts = self._client.retry.run(attempt, timeout or self._client.timeout)
-        except ServiceError:
+        except BaseException:  # Ctrl-C among them
             self._unanswered[layer] = head.request_id, _digest(head, tensors)
             raise
         self._lengths[layer] = parts.head.position

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
+from ..cache.arguments import int_in
 from ..cache.batch import attention_batch
 from ..cache.ring import RingKVCache
 
@@ -41,10 +42,12 @@ class Ticket(torch.Tensor):
         layer: Layer of the model.
         new_keys: The step's, (batch, kv heads, tokens, head_dim).
         new_values: Likewise.
+        used: Whether attention has taken a step with it.
     """
 
     cache: StepCache
     layer: int
+    used: bool
     new_keys: torch.Tensor
     new_values: torch.Tensor
 
@@ -60,7 +63,15 @@ class Ticket(torch.Tensor):
 
 
 class StepCache(Cache, abc.ABC):
-    """A ring for each sequence of the batch, made at the first step, when the model's shape is known."""
+    """A ring for each sequence of the batch, made at the first step, when the model's shape is known.
+
+    All sequences and layers move together, or none does. A call of the model that fails (a step, another module,
+    Ctrl-C) has moved none, unless it failed behind its last attention: then all have. `get_seq_length` says which, and
+    `crop(before - get_seq_length())` brings the cache to where it was before; then the call can be made again, or
+    `generate` be called with all tokens so far. What a failed call has left in lower layers and in other sequences is
+    taken back by the next use of the cache. That raises ValueError where so much cannot be taken back, and `reset` is
+    all that is left then; likewise where a server has lost a session.
+    """
 
     is_compileable = False
     is_croppable = True
@@ -71,9 +82,15 @@ class StepCache(Cache, abc.ABC):
         self._sink_tokens = sink_tokens
         self._rollback = rollback
         self._dtype = dtype
+        self._forget()
+
+    def _forget(self) -> None:
         self._rings: list[Any] = []
-        self._seen: dict[int, int] = {}  # tokens of each layer, padding included
-        self._undo: list[tuple[Any, int]] = []  # rings that a failed step has left, and the lengths it found them at
+        self._seen: list[int] = []  # tokens of each layer, padding included
+        self._room = 0  # tokens of a sequence that are all there still
+        self._longest = 0  # the most that a layer has seen: what fell out of the rings then does not come back
+        self._padded = 0  # tokens seen up to the last that is padding for some sequence
+        self._back: list[int] = []  # lengths that the rings must be taken back to before they are next used
 
     @abc.abstractmethod
     def _make(self, shape: _Shape, batch: int) -> list[Any]:
@@ -89,6 +106,7 @@ class StepCache(Cache, abc.ABC):
         """Return tickets for the attention function; nothing is stored before it has attended."""
         ticket: Ticket = torch.Tensor._make_subclass(Ticket, key_states.detach())
         ticket.cache, ticket.layer, ticket.new_keys, ticket.new_values = self, layer_idx, key_states, value_states
+        ticket.used = False
         return ticket, ticket
 
     def step(
@@ -102,10 +120,6 @@ class StepCache(Cache, abc.ABC):
     ) -> torch.Tensor:
         """Append a step's keys and values and attend with its queries.
 
-        Where it fails for one sequence, none has taken it: the cache is again what it was before the first layer of
-        this call of the model, so the model can be called again. The rings are taken back before they are next used,
-        for a service that has just failed a step may fail that as well.
-
         Args:
             ticket: From `update`.
             query: (batch, q heads, tokens, head_dim).
@@ -118,47 +132,73 @@ class StepCache(Cache, abc.ABC):
             (batch, tokens, q heads, head_dim); zeros for padding.
 
         Raises:
-            ValueError: The step does not fit the cache; or an earlier one failed, and more than `rollback` tokens of it
-                would have to be taken back: `reset` is all that is left then.
+            ValueError: The step does not fit the cache; or an earlier call of the model failed, and cannot be taken
+                back.
             Exception: As `RingKVCache.step` or `Session.step`.
         """
-        self._settle()
+        if ticket.used:
+            raise ValueError("a ring is of one layer, and this model's layers share keys: use another cache")
+        ticket.used = True
+        layer = ticket.layer
+        if self._back or (self._seen and self._seen[layer] > self.get_seq_length()):  # it was in the last call already
+            self._settle()
         q, k, v = (tensor.detach().transpose(1, 2) for tensor in (query, ticket.new_keys, ticket.new_values))
         capacity = self._rings_capacity(config)
         if window is not None and window < capacity:
             raise ValueError(f"capacity must be at most the model's sliding window {window}, got {capacity}")
         if not self._rings:
-            self._rings = self._make(self._shape(k, config), len(k))
+            shape = self._shape(k, config)
+            self._rings, self._seen = self._make(shape, len(k)), [0] * shape.num_layers
+            self._room = shape.capacity + self._rollback
         if len(self._rings) != len(k):
             raise ValueError(f"the cache holds {len(self._rings)} sequences, got a batch of {len(k)}")
-        layer, seen = ticket.layer, self.get_seq_length(ticket.layer)
-        undo = [(ring, ring.length(layer)) for ring in self._rings]
+        before, seen = [ring.length(layer) for ring in self._rings], self._seen[layer]
+        self._longest = max(self._longest, seen + k.shape[1])
         try:
             if valid is None:
                 out = self._step_all(layer, q, k, v, options)
             else:
+                padded = (~valid.all(dim=0)).nonzero()
+                if len(padded):
+                    self._padded = max(self._padded, seen + int(padded[-1]) + 1)
                 out = torch.zeros_like(q)
                 for b, ring in enumerate(self._rings):
                     if valid[b].any():
                         taken = valid[b]
                         out[b, taken] = ring.step(layer, q[b, taken], k[b, taken], v[b, taken], **options)
+            self._seen[layer] = seen + k.shape[1]
         except BaseException:
-            self._undo = undo
-            self._seen = {before: min(tokens, seen) for before, tokens in self._seen.items()}
+            self._go_back(before, seen)
             raise
-        self._seen[layer] = seen + k.shape[1]
         return out
 
+    def _go_back(self, lengths: list[int], seen: int) -> None:
+        """Have the rings taken back to those lengths, and all layers to so many tokens with padding.
+
+        The rings not at once but before they are next used: a service that has just failed may fail that as well.
+        """
+        self._back, self._seen = lengths, [seen] * len(self._seen)
+        self._padded = min(self._padded, seen)
+
+    def _go_back_behind_a_failure(self) -> None:
+        """Go back to what all layers hold, where a call of the model failed between two of them."""
+        if max(self._seen, default=0) > self.get_seq_length():
+            layers = range(len(self._seen))
+            self._go_back([min(map(ring.length, layers)) for ring in self._rings], self.get_seq_length())
+
     def _settle(self) -> None:
-        """Take the rings back to where a step that failed found them; should that fail, the next call does it."""
-        if self._undo and not any(length for _, length in self._undo):
+        """Take the rings back to where they must be; should that fail, the next call does it."""
+        self._go_back_behind_a_failure()
+        if self._back and not any(self._back):
             self.reset()  # a first prompt may be longer than what can be truncated
         try:
-            for ring, length in self._undo:
+            for ring, length in zip(self._rings, self._back, strict=False):  # of all or of none
                 ring.truncate(length)
         except ValueError as error:
-            raise ValueError(f"a step failed and cannot be taken back: reset() the cache ({error})") from error
-        self._undo = []
+            raise ValueError(
+                f"a call of the model failed and cannot be taken back: reset() the cache ({error})"
+            ) from error
+        self._back = []
 
     def _step_all(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
@@ -167,7 +207,7 @@ class StepCache(Cache, abc.ABC):
         return torch.stack(steps)
 
     def _shape(self, k: torch.Tensor, config: Any) -> _Shape:
-        text = config.get_text_config()
+        text = config.get_text_config(decoder=True)
         return _Shape(
             num_layers=text.num_hidden_layers,
             num_kv_heads=k.shape[2],
@@ -182,20 +222,34 @@ class StepCache(Cache, abc.ABC):
         return int(config.get_text_config().max_position_embeddings)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest tokens of every sequence.
+        """Take back the newest tokens of every sequence, or of none.
+
+        All that can forbid it is looked at first. A service is told before the next step, not here, and again before
+        the one after that, should it fail to answer then: no failure leaves some sequences cropped and others not.
 
         Args:
             tokens_to_remove: 0, or minus the number of tokens.
 
         Raises:
-            ValueError: More than `rollback` tokens would leave holes in the window.
+            TypeError: It is no int.
+            ValueError: There are fewer tokens, some but not all of the padding would be taken back, or more than
+                `rollback` tokens would leave holes in the window; nothing has changed.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}")
-        self._settle()
-        for ring in self._rings:
-            ring.truncate(ring.length(0) + tokens_to_remove)
-        self._seen = {layer: seen + tokens_to_remove for layer, seen in self._seen.items()}
+        self._go_back_behind_a_failure()
+        seen = self.get_seq_length()
+        floor = 0 if tokens_to_remove == -seen else self._padded
+        removed = int_in("tokens_to_remove", tokens_to_remove, floor - seen, 0)
+        if not removed:
+            return
+        lengths = self._back or [ring.length(0) for ring in self._rings]
+        left = [max(length + removed, 0) for length in lengths]
+        before = self._longest - seen  # removed before
+        if any(left) and before - removed > self._rollback and max(lengths) + before > self._room:
+            raise ValueError(
+                f"tokens_to_remove must leave the window whole: at most {self._rollback} tokens (rollback) below the "
+                f"{self._longest} that the cache has seen; got {removed} of {seen}"
+            )
+        self._go_back(left, seen + removed)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let each beam go on from the one that it came from; pages are shared until they differ."""
@@ -211,9 +265,9 @@ class StepCache(Cache, abc.ABC):
         self._settle()
         self._rings = self._select(indices.tolist())
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the tokens that a layer has seen, padding included: the position of the next one."""
-        return self._seen.get(layer_idx, 0)
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002  # the same for all
+        """Return the tokens that every layer has seen, padding included: the position of the next one."""
+        return min(self._seen, default=0)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Return the length and offset of a mask over all tokens seen; the ring bounds what of it counts."""
@@ -229,8 +283,7 @@ class StepCache(Cache, abc.ABC):
 
     def reset(self) -> None:
         """Forget all sequences."""
-        self._rings, self._undo = [], []
-        self._seen = {}
+        self._forget()
 
     @property
     def batch_size(self) -> int:
@@ -341,7 +394,7 @@ class ServiceCache(StepCache):
         """End the sessions; a client that is closed does so, too."""
         for session in self._rings:
             session.close()
-        self._rings, self._undo = [], []
+        self._forget()
 
     def _select(self, indices: list[int]) -> list[Any]:
         # First what is given up, then what is forked: the server reserves memory for each session in full.

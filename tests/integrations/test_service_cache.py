@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -90,7 +91,7 @@ def test_tokens_taken_back_are_forgotten(llama: Any, target: str) -> None:
         assert cropped.get_seq_length() == 20
         logits = [llama(ids[:, 25:], cache=cache).logits for cache in (cropped, plain)]
         torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
-        with pytest.raises(ValueError, match="tokens_to_remove must be 0 or negative"):
+        with pytest.raises(ValueError, match="tokens_to_remove must be -25 to 0, got 3"):
             cropped.crop(3)
 
 
@@ -200,8 +201,114 @@ def test_a_failed_step_that_cannot_be_taken_back_asks_for_a_reset(llama: Any, ta
         with one_fails("step", 2, taken=False):
             go_on(llama, cache, ids, mask)
         for _ in range(2):
-            with pytest.raises(ValueError, match=r"a step failed .* reset\(\) the cache .*would have holes"):
+            with pytest.raises(ValueError, match=r"the model failed .* reset\(\) the cache .*would have holes"):
                 go_on(llama, cache, ids, mask)
         cache.reset()
         again, plain = (go_on(llama, each, ids, mask) for each in (cache, RingCache(16, rollback=4)))
         assert torch.equal(again, plain)
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["not taken", "answer lost"])
+def test_tokens_are_taken_back_from_all_sequences_where_the_service_fails_for_the_second(
+    llama: Any, target: str, taken: bool
+) -> None:
+    ids, mask = three_sequences(padded=True)
+    with Client(target) as client:
+        cache, plain = (ServiceCache(client, capacity=24) for _ in range(2))
+        for each, tokens in ((cache, 40), (plain, 35)):
+            go_on(llama, each, ids[:, :tokens], mask[:, :tokens])
+        cache.crop(-5)
+        with one_fails("truncate", 2, taken):
+            go_on(llama, cache, ids, mask)
+        assert cache.get_seq_length() == 35
+        assert torch.equal(*(go_on(llama, each, ids, mask) for each in (cache, plain)))
+
+
+def made_by(kind: str, client: Client) -> tuple[Any, Any]:
+    """Two caches of a kind, of 12 tokens, any 4 of which can be taken back."""
+    if kind == "service":
+        return tuple(ServiceCache(client, capacity=12, rollback=4) for _ in range(2))  # type: ignore[return-value]
+    return RingCache(12, rollback=4), RingCache(12, rollback=4)
+
+
+@pytest.mark.parametrize("kind", ["service", "in process"])
+@pytest.mark.parametrize(
+    ("tokens_to_remove", "message"),
+    [(-5, "at most 4 tokens .* below the 24 that the cache has seen; got -5 of 24"), (-16, "must be -15 to 0")],
+    ids=["overwritten", "padding"],
+)
+def test_tokens_that_not_all_sequences_can_give_back_stay_in_all(
+    llama: Any, target: str, kind: str, tokens_to_remove: int, message: str
+) -> None:
+    ids, mask = (tensor.flip(0) for tensor in three_sequences(padded=True))  # the first has 15 tokens: all are there
+    with Client(target) as client:
+        cache, plain = made_by(kind, client)
+        for each in (cache, plain):
+            go_on(llama, each, ids[:, :24], mask[:, :24])
+        with pytest.raises(ValueError, match=message):
+            cache.crop(tokens_to_remove)
+        assert cache.get_seq_length() == 24
+        assert torch.equal(*(go_on(llama, each, ids, mask) for each in (cache, plain)))
+
+
+@contextmanager
+def breaks_off(llama: Any, module: str, call: int = 1) -> Iterator[None]:
+    """The user presses Ctrl-C when a module of the model is called for the n-th time."""
+    calls = itertools.count(1)
+
+    def press(*_: Any) -> None:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+
+    hook = llama.get_submodule(module).register_forward_pre_hook(press)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("kind", ["service", "in process"])
+@pytest.mark.parametrize("held", [0, 36], ids=["prompt", "tokens"])
+@pytest.mark.parametrize("module", ["model.layers.0.mlp", "model.layers.1.self_attn.o_proj", "lm_head"])
+def test_a_call_of_the_model_that_fails_outside_of_the_cache_can_be_taken_back_and_made_again(
+    llama: Any, target: str, kind: str, held: int, module: str
+) -> None:
+    ids, mask = three_sequences(padded=True)
+    with Client(target) as client:
+        cache, plain = made_by(kind, client)
+        if held:
+            for each in (cache, plain):
+                go_on(llama, each, ids[:, :held], mask[:, :held])
+        with breaks_off(llama, module):
+            go_on(llama, cache, ids, mask)
+        # Behind the last attention all layers have moved, before it none has.
+        assert cache.get_seq_length() == (held if module == "model.layers.0.mlp" else 40)
+        cache.crop(held - cache.get_seq_length())
+        assert cache.get_seq_length() == held
+        assert torch.equal(*(go_on(llama, each, ids, mask) for each in (cache, plain)))
+
+
+@pytest.mark.parametrize("kind", ["service", "in process"])
+@pytest.mark.parametrize("module", ["model.layers.1.self_attn.q_proj", "lm_head"])
+def test_generation_that_was_broken_off_goes_on(llama: Any, target: str, kind: str, module: str) -> None:
+    prompt = left_padded()["input_ids"][:1]
+    said: list[int] = []
+
+    class Listener:
+        def put(self, tokens: torch.Tensor) -> None:
+            said.extend(tokens.flatten().tolist())
+
+        def end(self) -> None:
+            pass
+
+    with Client(target) as client:
+        cache, plain = made_by(kind, client)
+        expected = llama.generate(prompt, cache=plain, max_new_tokens=20, do_sample=False)
+        with breaks_off(llama, module, call=12):
+            llama.generate(prompt, cache=cache, max_new_tokens=20, do_sample=False, streamer=Listener())
+        so_far = torch.tensor([said])
+        assert so_far.shape == (1, 30 + 11)
+        cache.crop(so_far.shape[1] - 1 - cache.get_seq_length())
+        again = llama.generate(so_far, cache=cache, max_new_tokens=20 - 11, do_sample=False)
+    assert torch.equal(again, expected)

@@ -287,6 +287,30 @@ def test_a_ring_must_not_outgrow_the_models_own_window() -> None:
         mistral(prompts(), cache=RingCache(13))
 
 
+def test_layers_that_share_keys_are_refused_a_ring() -> None:
+    shape: dict[str, Any] = {**TINY, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8}
+    config = transformers.Gemma3nTextConfig(
+        **{**shape, "num_hidden_layers": 3, "intermediate_size": [96] * 3, "activation_sparsity_pattern": [0.0] * 3},
+        num_kv_shared_layers=1,
+        layer_types=["full_attention"] * 3,
+        laurel_rank=4,
+    )
+    ours, _ = models(config)
+    with torch.no_grad(), pytest.raises(ValueError, match="this model's layers share keys: use another cache"):
+        ours(prompts(), cache=RingCache(64))
+
+
+def test_a_decoder_with_more_layers_than_its_encoder_gets_a_ring_for_each() -> None:
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    config = transformers.BartConfig(
+        vocab_size=128, d_model=64, encoder_layers=1, decoder_layers=3, init_std=0.3, forced_eos_token_id=None, **heads
+    )
+    ours, theirs = models(config, transformers.AutoModelForSeq2SeqLM)
+    cache = transformers.EncoderDecoderCache(RingCache(64), transformers.DynamicCache())
+    options = {"max_new_tokens": 10, "do_sample": False}
+    assert torch.equal(ours.generate(prompts(), cache=cache, **options), theirs.generate(prompts(), **options))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"dropout": 0.1}, "attention dropout must be 0"), ({"position_bias": torch.zeros(1)}, "position bias")],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -176,6 +178,26 @@ def test_a_timeout_is_kept_and_the_step_can_be_called_again(server: Any, qkv: An
         server.wait_for_queue(0)  # until then the session is busy
         session.step(0, **qkv(1))
         assert session.length(0) == 2
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_step_broken_off_by_ctrl_c_can_be_called_again(server: Any, qkv: Any, stream: bool) -> None:
+    cache = numbaflash.RingKVCache(1, 2, 16, capacity=64)
+    with Client(server.target, retry=PATIENT) as client:
+        session = client.create_session(1, 2, 16, capacity=64, stream=stream)
+        np.testing.assert_array_equal(session.step(0, **qkv(9)), cache.step(0, **qkv(9)))
+
+        def press() -> None:
+            server.wait_for_queue(1)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        user = threading.Thread(target=press)
+        user.start()
+        with server.engine_held(), pytest.raises(KeyboardInterrupt):
+            session.step(0, **qkv(3))
+        user.join()
+        for tokens in (3, 1, 1):
+            np.testing.assert_array_equal(session.step(0, **qkv(tokens)), cache.step(0, **qkv(tokens)))
 
 
 def test_a_busy_session_is_tried_again(server: Any, stock: Any, qkv: Any, step_request: Any) -> None:
