@@ -12,7 +12,7 @@ import numpy as np
 
 from ..problem import MAX_HEAD_DIM
 from .jit import native
-from .micro import ROWS_PER_SCORE
+from .micro import ROWS_TOGETHER
 from .micro_codes import (
     BLOCK,
     ROWS_PER_WEIGHT,
@@ -60,8 +60,8 @@ _TOKENS_ROW = 4 * (_MAX_PAGE + LANES)  # a float32 for each token of a page; loo
 
 # Where things lie in scratch memory.
 _QUERIES = 0
-_STARTS = _QUERIES + 4 * ROWS_PER_SCORE * MAX_HEAD_DIM
-_SCALES = _STARTS + ROWS_PER_SCORE * VECTOR_BYTES
+_STARTS = _QUERIES + 4 * ROWS_TOGETHER * MAX_HEAD_DIM
+_SCALES = _STARTS + ROWS_TOGETHER * VECTOR_BYTES
 _OFFSETS = _SCALES + _MAX_GROUPS * _TOKENS_ROW
 _WEIGHTS = _OFFSETS + _MAX_GROUPS * _TOKENS_ROW
 CODES_SCRATCH = _WEIGHTS + ROWS_PER_WEIGHT * _TOKENS_ROW
@@ -115,9 +115,7 @@ def _widen_parameters(task, parameters, groups, between, count, ahead, scales, o
 
 
 @native
-def score_quantized(
-    task, run, kv_head, position, count, ahead, rows, together, queries, query_row, scores, row, scratch
-):
+def score_quantized(task, run, kv_head, position, count, ahead, rows, queries, query_row, scores, row, scratch):
     """Scores of the `count` tokens of a quantized run from `position` on, for `rows` queries.
 
     Args:
@@ -127,8 +125,7 @@ def score_quantized(
         position: Of the first token.
         count: Tokens.
         ahead: Bytes from these keys to those that are wanted next.
-        rows: Query rows, a multiple of `together`.
-        together: 1 or ROWS_PER_SCORE.
+        rows: Query rows, 1 or an even number.
         queries: Address of their float32 rows.
         query_row: Bytes between those.
         scores: Address of the first token's score; a vector past the last one may be overwritten.
@@ -139,7 +136,6 @@ def score_quantized(
     keys, parameters = key_at(task, run, kv_head, position), _key_parameters(task, run, kv_head, position)
     scales, offsets = scratch + _SCALES, scratch + _OFFSETS
     blocks = task.head_dim // BLOCK
-    step = LANES // together
     by_channel = task.key_group == 0
     if by_channel:
         groups, group_shift = 0, 0
@@ -147,14 +143,16 @@ def score_quantized(
     else:
         groups, group_shift = task.head_dim // task.key_group, _log2(task.key_group // BLOCK)
         _widen_parameters(task, parameters, groups, 2 * task.page_size, count, ahead, scales, offsets)
-    for r in range(0, rows, together):
+    r = 0
+    while r < rows:
+        together = min(rows - r, ROWS_TOGETHER)
         q, to = queries + r * query_row, scores + r * row
         if by_channel:
             q = scratch + _QUERIES
             for i in range(together):
                 query, start = queries + (r + i) * query_row, scratch + _STARTS + i * VECTOR_BYTES
                 _scale_query(task.head_dim, query, scales, offsets, q + i * query_row, start)
-        for n in range(0, count, step):
+        for n in range(0, count, LANES // together):
             at, last = keys + n * stride, count - 1 - n
             if by_channel:
                 start = scratch + _STARTS
@@ -180,6 +178,7 @@ def score_quantized(
                 )
         for i in range(0 if by_channel else together):
             _shift_by_groups(task, q + i * query_row, groups, count, offsets, to + i * row)
+        r += together
 
 
 @native
@@ -225,8 +224,8 @@ def weigh_quantized(
     """Add the `count` values of a quantized run from `position` on, times their weights, to `rows` outputs.
 
     What their offsets add goes to `shifts`, SHIFTS_ROW bytes a row, for `add_shifts` to add once for many runs. Codes
-    are finite, and so are their scales: a weight of 0 takes nothing from any of them. `rows` is a multiple of
-    ROWS_PER_WEIGHT unless it is 1 or `exact` is set; the rest is as in `score_quantized`.
+    are finite, and so are their scales: a weight of 0 takes nothing from any of them. The rest is as in
+    `score_quantized`.
     """
     stride = run_field(task, run, V_TOKEN_STRIDE)
     values, parameters = value_at(task, run, kv_head, position), _value_parameters(task, run, kv_head, position)
@@ -234,8 +233,9 @@ def weigh_quantized(
     blocks = task.value_group // BLOCK
     scales, offsets, scaled = scratch + _SCALES, scratch + _OFFSETS, scratch + _WEIGHTS
     _widen_parameters(task, parameters, groups, 2 * task.page_size, count, ahead, scales, offsets)
-    together = 1 if exact or rows == 1 else ROWS_PER_WEIGHT
-    for r in range(0, rows, together):
+    r = 0
+    while r < rows:
+        together = 1 if exact else min(rows - r, ROWS_PER_WEIGHT)
         for group in range(groups):
             below = group * _TOKENS_ROW
             for i in range(together):
@@ -244,6 +244,7 @@ def weigh_quantized(
                 _scale_weights(weights + (r + i) * row, scales + below, offsets + below, count, to, shift)
             v, to = values + group * group_bytes, out + r * out_row + 4 * group * task.value_group
             weigh_codes(task.code_bits, together, v, stride, ahead, scaled, _TOKENS_ROW, count, to, out_row, blocks)
+        r += together
 
 
 @native

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .jit import native
-from .micro import ROWS_PER_SCORE
 from .panel import query_position, query_rows
 from .runs import COUNT, K_HEAD_STRIDE, K_TOKEN_STRIDE, START, V_HEAD_STRIDE, V_TOKEN_STRIDE
 from .task import next_item
@@ -101,7 +100,7 @@ def _locate(task, number):
 
 @native
 def _padded_rows(rows):
-    return rows if rows == 1 else (rows + ROWS_PER_SCORE - 1) // ROWS_PER_SCORE * ROWS_PER_SCORE
+    return rows if rows == 1 else (rows + 1) // 2 * 2
 
 
 @native

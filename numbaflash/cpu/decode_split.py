@@ -14,7 +14,7 @@ from .emit import FLOAT32
 from .functions import LOG2E, exp2
 from .jit import native
 from .kv import TILE_KEYS
-from .micro import ROWS_PER_SCORE, score_keys, weigh_values
+from .micro import ROWS_TOGETHER, score_keys, weigh_values
 from .panel import is_finite, query_at, query_factor, query_head, query_position
 from .rows import VECTOR_BYTES, clear, padded, widen_row
 from .runs import K_TOKEN_STRIDE, START, V_TOKEN_STRIDE
@@ -104,7 +104,6 @@ def _score(task, item, scratch):
     scores, queries, tile = scratch + _SCORES, scratch + _QUERIES, scratch + _TILE
     rows = item.heads * item.padded_rows
     query_row = 4 * padded(task.head_dim)
-    together = 1 if item.padded_rows == 1 else ROWS_PER_SCORE
     tile_keys = TILE_KEYS if item.heads == 1 else _SHARED_TILE_KEYS
     stop = load_int(task.bounds + 8 * item.sequence + 8)
     first_run = skip_runs(task, item.sequence, load_int(task.bounds + 8 * item.sequence), item.begin)
@@ -129,7 +128,6 @@ def _score(task, item, scratch):
                 high - low,
                 ahead,
                 rows,
-                together,
                 queries,
                 query_row,
                 scores + 4 * low,
@@ -156,9 +154,12 @@ def _score(task, item, scratch):
                         widen_row(tile + i * query_row, keys + i * stride, task.head_dim, task.kv_dtype)
                     keys, ahead, key_row, dtype = tile, 0, query_row, FLOAT32
                 steps = query_row // VECTOR_BYTES
-                for r in range(first, first + item.padded_rows, together):
+                r, last = first, first + item.padded_rows
+                while r < last:
+                    together = min(last - r, ROWS_TOGETHER)
                     q, to = queries + r * query_row, scores + r * _SCORE_ROW + 4 * low
                     score_keys(dtype, together, keys, key_row, n, ahead, q, query_row, steps, to, _SCORE_ROW)
+                    r += together
             low += n
             at = low
         run += 1
@@ -223,7 +224,6 @@ def _weigh(task, task_address, item, scratch, exact):
     rows = item.heads * item.padded_rows
     out_row = 4 * padded(task.value_dim)
     steps = out_row // VECTOR_BYTES
-    together = 1 if exact or item.padded_rows == 1 else ROWS_PER_SCORE
     tile_keys = TILE_KEYS if item.heads == 1 else _SHARED_TILE_KEYS
     if task.codes != 0:
         clear(shifts, rows * SHIFTS_ROW)
@@ -274,7 +274,9 @@ def _weigh(task, task_address, item, scratch, exact):
                     for i in range(n):
                         widen_row(tile + i * out_row, values + i * stride, task.value_dim, task.kv_dtype)
                     values, ahead, value_row, dtype = tile, 0, out_row, FLOAT32
-                for r in range(first, first + item.padded_rows, together):
+                r, last = first, first + item.padded_rows
+                while r < last:
+                    together = 1 if exact else min(last - r, ROWS_TOGETHER)
                     p, to = weights + r * _SCORE_ROW + 4 * low, out + r * out_row
                     if exact:
                         for i in range(n):
@@ -283,6 +285,7 @@ def _weigh(task, task_address, item, scratch, exact):
                                 weigh_values(dtype, 1, v, value_row, 0, p + 4 * i, 0, 1, to, out_row, steps)
                     else:
                         weigh_values(dtype, together, values, value_row, ahead, p, _SCORE_ROW, n, to, out_row, steps)
+                    r += together
             low += n
             at = low
         run += 1

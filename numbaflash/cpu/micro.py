@@ -10,8 +10,9 @@ tile holds never changes the bits of another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -25,11 +26,12 @@ from .target import TARGET
 
 __all__ = [
     "PANEL_VECTORS",
-    "ROWS_PER_SCORE",
+    "ROWS_TOGETHER",
     "TILE_ROWS",
     "VALUE_VECTORS",
     "accumulate_panel",
     "accumulate_panel_skipping_zeros",
+    "by_rows",
     "counted_loop",
     "horizontal_sums",
     "multiply_panel",
@@ -165,8 +167,8 @@ def accumulate_panel(vectors, a, a_row, a_step, b, b_step, steps, c, c_row, fact
 # ---- decode: lanes run over head_dim ----------------------------------------------------------------------------
 
 # Query heads that share a KV head go through the micro-kernels by fours, so that a vector of K or V, once loaded and
-# widened, serves four rows; and one by one where there is only one.
-ROWS_PER_SCORE = 4
+# widened, serves four rows; those that remain by two, or alone.
+ROWS_TOGETHER = 4
 VALUE_VECTORS = 4 if TARGET.rows == 8 else 2
 
 
@@ -258,7 +260,7 @@ def _score_block(dtype: int, rows: int) -> Any:
     return instruction(types.void, (types.int64,) * 9, score)
 
 
-def _value_block(dtype: int, rows: int, vectors: int) -> Any:
+def _value_block(vectors: int, dtype: int, rows: int) -> Any:
     """out[row, :] += sum over keys of weights[row, key] * v[key, :], for `vectors` vectors of head_dim."""
 
     def weigh(
@@ -297,83 +299,72 @@ def _value_block(dtype: int, rows: int, vectors: int) -> Any:
     return instruction(types.void, (types.int64,) * 8, weigh)
 
 
-def _by_dtype(block: Any, *shape: int) -> tuple[Any, Any, Any]:
-    return block(FLOAT32, *shape), block(FLOAT16, *shape), block(BFLOAT16, *shape)
+def by_rows(block: Callable[[int], Any], most: int = ROWS_TOGETHER) -> Any:
+    """A function of the number of rows (1, 2 or `most`) and of what the micro-kernel for so many rows takes."""
+    for_1, for_2 = block(1), block(2)
+    for_more = block(most) if most > 2 else for_2
+
+    @native
+    def run(rows, *arguments):
+        if rows == 1:
+            for_1(*arguments)
+        elif rows == 2:
+            for_2(*arguments)
+        else:
+            for_more(*arguments)
+
+    return run
 
 
-score_f32_4, score_f16_4, score_bf16_4 = _by_dtype(_score_block, ROWS_PER_SCORE)
-score_f32_1, score_f16_1, score_bf16_1 = _by_dtype(_score_block, 1)
-weigh_f32_4, weigh_f16_4, weigh_bf16_4 = _by_dtype(_value_block, ROWS_PER_SCORE, VALUE_VECTORS)
-weigh_f32_1, weigh_f16_1, weigh_bf16_1 = _by_dtype(_value_block, 1, VALUE_VECTORS)
-weigh_tail_f32_4, weigh_tail_f16_4, weigh_tail_bf16_4 = _by_dtype(_value_block, ROWS_PER_SCORE, 1)
-weigh_tail_f32_1, weigh_tail_f16_1, weigh_tail_bf16_1 = _by_dtype(_value_block, 1, 1)
+def _by_dtype(block: Callable[[int, int], Any]) -> Any:
+    """A function of the dtype, the number of rows and of what the micro-kernel for both takes."""
+    for_f32, for_f16, for_bf16 = (by_rows(partial(block, dtype)) for dtype in (FLOAT32, FLOAT16, BFLOAT16))
+
+    @native
+    def run(dtype, rows, *arguments):
+        if dtype == FLOAT32:
+            for_f32(rows, *arguments)
+        elif dtype == FLOAT16:
+            for_f16(rows, *arguments)
+        else:
+            for_bf16(rows, *arguments)
+
+    return run
+
+
+score_block = _by_dtype(_score_block)
+weigh_wide_block = _by_dtype(partial(_value_block, VALUE_VECTORS))
+weigh_block = _by_dtype(partial(_value_block, 1))
 
 
 @native
 def score_keys(dtype, rows, k, k_stride, count, ahead, q, q_row, steps, scores, scores_row):
-    """scores[row, key] = q[row] . k[key] for `rows` (1 or ROWS_PER_SCORE) rows and `count` keys.
+    """scores[row, key] = q[row] . k[key] for `rows` (1, 2 or ROWS_TOGETHER) rows and `count` keys.
 
     q is float32, padded with zeros to `steps` whole vectors; k holds as many elements of `dtype`. Up to LANES scores
     past `count` are overwritten.
     """
-    keys = LANES // rows
-    for key in range(0, count, keys):
-        at = k + key * k_stride
-        last = count - 1 - key
-        to = scores + 4 * key
-        if rows == 1:
-            if dtype == FLOAT32:
-                score_f32_1(at, k_stride, last, ahead, q, q_row, steps, to, scores_row)
-            elif dtype == FLOAT16:
-                score_f16_1(at, k_stride, last, ahead, q, q_row, steps, to, scores_row)
-            else:
-                score_bf16_1(at, k_stride, last, ahead, q, q_row, steps, to, scores_row)
-        elif dtype == FLOAT32:
-            score_f32_4(at, k_stride, last, ahead, q, q_row, steps, to, scores_row)
-        elif dtype == FLOAT16:
-            score_f16_4(at, k_stride, last, ahead, q, q_row, steps, to, scores_row)
-        else:
-            score_bf16_4(at, k_stride, last, ahead, q, q_row, steps, to, scores_row)
+    for key in range(0, count, LANES // rows):
+        last, to = count - 1 - key, scores + 4 * key
+        score_block(dtype, rows, k + key * k_stride, k_stride, last, ahead, q, q_row, steps, to, scores_row)
 
 
 @native
 def weigh_values(dtype, rows, v, v_stride, ahead, weights, weights_row, count, out, out_row, steps):
-    """out[row] += sum of weights[row, key] * v[key] over `count` keys, for `steps` vectors of head_dim."""
+    """out[row] += sum of weights[row, key] * v[key] over `count` keys, for `steps` vectors of head_dim.
+
+    There are 1, 2 or ROWS_TOGETHER rows.
+    """
     nbytes = LANES * (4 if dtype == FLOAT32 else 2)
     step = 0
     while step < steps:
-        v_at = v + step * nbytes
-        to = out + step * VECTOR_BYTES
+        at, to = v + step * nbytes, out + step * VECTOR_BYTES
         if step + VALUE_VECTORS <= steps:
+            weigh_wide_block(dtype, rows, at, v_stride, ahead, weights, weights_row, count, to, out_row)
             step += VALUE_VECTORS
-            if rows == 1:
-                if dtype == FLOAT32:
-                    weigh_f32_1(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
-                elif dtype == FLOAT16:
-                    weigh_f16_1(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
-                else:
-                    weigh_bf16_1(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
-            elif dtype == FLOAT32:
-                weigh_f32_4(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
-            elif dtype == FLOAT16:
-                weigh_f16_4(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
-            else:
-                weigh_bf16_4(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
         else:
+            weigh_block(dtype, rows, at, v_stride, ahead, weights, weights_row, count, to, out_row)
             step += 1
-            if rows == 1:
-                if dtype == FLOAT32:
-                    weigh_tail_f32_1(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
-                elif dtype == FLOAT16:
-                    weigh_tail_f16_1(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
-                else:
-                    weigh_tail_bf16_1(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
-            elif dtype == FLOAT32:
-                weigh_tail_f32_4(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
-            elif dtype == FLOAT16:
-                weigh_tail_f16_4(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
-            else:
-                weigh_tail_bf16_4(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
 
 
 # ---- between the two layouts ------------------------------------------------------------------------------------

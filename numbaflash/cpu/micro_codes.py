@@ -7,6 +7,8 @@ shuffle. Codes are unsigned; scales and offsets are the caller's (`codes.py`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -17,7 +19,7 @@ from . import emit
 from .emit import F32, I32, I64, LANES, VECTOR
 from .intrinsics import instruction
 from .jit import native
-from .micro import ROWS_PER_SCORE, counted_loop, horizontal_sums, strided
+from .micro import ROWS_TOGETHER, by_rows, counted_loop, horizontal_sums, strided
 from .target import TARGET
 from .vector import FloatVector
 
@@ -87,7 +89,7 @@ def _prefetch(builder: ir.IRBuilder, at: ir.Value, ahead: ir.Value) -> None:
     emit.prefetch(builder, emit.offset(builder, at, _SOON))
 
 
-def _score_block(bits: int, rows: int, scaled: bool) -> Any:
+def _score_block(scaled: bool, bits: int, rows: int) -> Any:
     """scores[row, key] = start[row] + sum over elements of q[row] * code[key], for `rows` rows and LANES / rows keys.
 
     `start` are vectors whose lanes are to be summed. With `scaled`, there are none, and a block's part counts as often
@@ -161,7 +163,7 @@ def _score_block(bits: int, rows: int, scaled: bool) -> Any:
     return instruction(types.void, (types.int64,) * 13, score)
 
 
-def _value_block(bits: int, rows: int, blocks: int) -> Any:
+def _value_block(blocks: int, bits: int, rows: int) -> Any:
     """out[row, :] += sum over keys of weights[row, key] * code[key, :], for `blocks` blocks of elements."""
     vectors = blocks * _BLOCK_VECTORS
 
@@ -219,74 +221,55 @@ def _store_codes(builder: ir.IRBuilder, address: ir.Value, codes: ir.Value) -> N
 # Whole numbers below 256, as LANES bytes.
 store_codes = instruction(types.void, (types.int64, FloatVector), _store_codes)
 
-score_8_1, score_8_4 = (_score_block(8, rows, scaled=False) for rows in (1, ROWS_PER_SCORE))
-score_4_1, score_4_4 = (_score_block(4, rows, scaled=False) for rows in (1, ROWS_PER_SCORE))
-scaled_8_1, scaled_8_4 = (_score_block(8, rows, scaled=True) for rows in (1, ROWS_PER_SCORE))
-scaled_4_1, scaled_4_4 = (_score_block(4, rows, scaled=True) for rows in (1, ROWS_PER_SCORE))
-weigh_8_1, weigh_8_rows = (_value_block(8, rows, 1) for rows in (1, ROWS_PER_WEIGHT))
-weigh_4_1, weigh_4_rows = (_value_block(4, rows, 1) for rows in (1, ROWS_PER_WEIGHT))
-wide_8_1, wide_8_rows = (_value_block(8, rows, _WIDE_BLOCKS) for rows in (1, ROWS_PER_WEIGHT))
-wide_4_1, wide_4_rows = (_value_block(4, rows, _WIDE_BLOCKS) for rows in (1, ROWS_PER_WEIGHT))
+
+def _by_bits(block: Callable[[int, int], Any], most: int) -> Any:
+    """A function of the bits of a code, the number of rows and of what the micro-kernel for both takes."""
+    for_8, for_4 = (by_rows(partial(block, bits), most) for bits in (8, 4))
+
+    @native
+    def run(bits, rows, *arguments):
+        if bits == 8:
+            for_8(rows, *arguments)
+        else:
+            for_4(rows, *arguments)
+
+    return run
+
+
+score_block = _by_bits(partial(_score_block, False), ROWS_TOGETHER)
+score_scaled_block = _by_bits(partial(_score_block, True), ROWS_TOGETHER)
+weigh_block = _by_bits(partial(_value_block, 1), ROWS_PER_WEIGHT)
+weigh_wide_block = _by_bits(partial(_value_block, _WIDE_BLOCKS), ROWS_PER_WEIGHT)
 
 
 @native
 def score_codes(bits, rows, k, k_stride, last, ahead, q, q_row, blocks, start, scores, scores_row):
-    """Scores of LANES / rows keys without scales, for 1 or ROWS_PER_SCORE rows; see `_score_block`."""
-    if bits == 8:
-        if rows == 1:
-            score_8_1(k, k_stride, last, ahead, q, q_row, blocks, start, 0, 0, 0, scores, scores_row)
-        else:
-            score_8_4(k, k_stride, last, ahead, q, q_row, blocks, start, 0, 0, 0, scores, scores_row)
-    elif rows == 1:
-        score_4_1(k, k_stride, last, ahead, q, q_row, blocks, start, 0, 0, 0, scores, scores_row)
-    else:
-        score_4_4(k, k_stride, last, ahead, q, q_row, blocks, start, 0, 0, 0, scores, scores_row)
+    """Scores of LANES / rows keys without scales, for 1, 2 or ROWS_TOGETHER rows; see `_score_block`."""
+    score_block(bits, rows, k, k_stride, last, ahead, q, q_row, blocks, start, 0, 0, 0, scores, scores_row)
 
 
 @native
 def score_scaled_codes(
     bits, rows, k, k_stride, last, ahead, q, q_row, blocks, scales, scales_row, shift, scores, scores_row
 ):
-    """Scores of LANES / rows keys, each block times its scale, for 1 or ROWS_PER_SCORE rows; see `_score_block`."""
-    if bits == 8:
-        if rows == 1:
-            scaled_8_1(k, k_stride, last, ahead, q, q_row, blocks, 0, scales, scales_row, shift, scores, scores_row)
-        else:
-            scaled_8_4(k, k_stride, last, ahead, q, q_row, blocks, 0, scales, scales_row, shift, scores, scores_row)
-    elif rows == 1:
-        scaled_4_1(k, k_stride, last, ahead, q, q_row, blocks, 0, scales, scales_row, shift, scores, scores_row)
-    else:
-        scaled_4_4(k, k_stride, last, ahead, q, q_row, blocks, 0, scales, scales_row, shift, scores, scores_row)
+    """Scores of LANES / rows keys, each block times its scale, for 1, 2 or ROWS_TOGETHER rows; see `_score_block`."""
+    score_scaled_block(
+        bits, rows, k, k_stride, last, ahead, q, q_row, blocks, 0, scales, scales_row, shift, scores, scores_row
+    )
 
 
 @native
 def weigh_codes(bits, rows, v, v_stride, ahead, weights, weights_row, count, out, out_row, blocks):
     """out[row] += sum of weights[row, key] * code[key] over `count` keys and `blocks` blocks.
 
-    Rows are 1 or ROWS_PER_WEIGHT.
+    There are 1, 2 or ROWS_PER_WEIGHT rows.
     """
     block = 0
     while block < blocks:
-        v_at, to = v + block * BLOCK * bits // 8, out + block * 4 * BLOCK
+        at, to = v + block * BLOCK * bits // 8, out + block * 4 * BLOCK
         if block + _WIDE_BLOCKS <= blocks:
+            weigh_wide_block(bits, rows, at, v_stride, ahead, weights, weights_row, count, to, out_row)
             block += _WIDE_BLOCKS
-            if bits == 8:
-                if rows == 1:
-                    wide_8_1(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
-                else:
-                    wide_8_rows(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
-            elif rows == 1:
-                wide_4_1(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
-            else:
-                wide_4_rows(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
         else:
+            weigh_block(bits, rows, at, v_stride, ahead, weights, weights_row, count, to, out_row)
             block += 1
-            if bits == 8:
-                if rows == 1:
-                    weigh_8_1(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
-                else:
-                    weigh_8_rows(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
-            elif rows == 1:
-                weigh_4_1(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)
-            else:
-                weigh_4_rows(v_at, v_stride, ahead, weights, weights_row, count, to, out_row)

@@ -118,7 +118,7 @@ def test_a_block_is_transposed() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3, LANES, 50])
-@pytest.mark.parametrize("rows", [1, micro.ROWS_PER_SCORE])
+@pytest.mark.parametrize("rows", [1, 2, micro.ROWS_TOGETHER])
 def test_decode_scores_are_inner_products(rows: int, count: int) -> None:
     rng = np.random.default_rng(0)
     steps = 2
