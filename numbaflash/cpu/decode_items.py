@@ -33,7 +33,7 @@ _ITEMS_PER_THREAD = 4
 class Item(NamedTuple):
     """Query rows `row` to `row + rows` of `heads` KV heads from `kv_head` on, and `keys` keys from `begin` on.
 
-    In scratch memory a head has `padded_rows`: as many as the micro-kernels take together.
+    In scratch memory a head has `padded_rows`, one or an even number, as the micro-kernels take them.
     """
 
     sequence: int
