@@ -26,10 +26,12 @@ def as_numpy(array: Any, name: str) -> NDArray[Any]:
         name: The argument's name, for the error.
 
     Raises:
-        TypeError: It is no array.
+        TypeError: It is no array, or one that is more than its elements in memory.
         ValueError: It lives on another device, or is part of an autograd graph.
     """
     if isinstance(array, np.ndarray):
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError(f"{name} must have no mask of its own, got a masked array: pass its data, and a bias")
         return array
     if _is_torch(array):
         return _torch_as_numpy(array, name)
@@ -46,7 +48,10 @@ def as_numpy(array: Any, name: str) -> NDArray[Any]:
 
 
 def like(template: Any, result: NDArray[Any]) -> Any:
-    """Hand `result` over as an array of the library that `template` comes from, sharing the memory."""
+    """Hand `result` over as an array of the library that `template` comes from, sharing the memory.
+
+    As NumPy's where that library has no function to take it.
+    """
     if isinstance(template, np.ndarray):
         return result
     if _is_torch(template):
@@ -55,10 +60,8 @@ def like(template: Any, result: NDArray[Any]) -> Any:
         if result.dtype == _BFLOAT16:
             return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(result)
-    namespace = namespace_of(template)
-    if result.dtype == _BFLOAT16:
-        return namespace.asarray(result)
-    return namespace.from_dlpack(result)
+    take = getattr(namespace_of(template), "asarray" if result.dtype == _BFLOAT16 else "from_dlpack", None)
+    return take(result) if take else result
 
 
 def namespace_of(array: Any) -> Any:
@@ -84,11 +87,12 @@ def _torch_as_numpy(tensor: Any, name: str) -> NDArray[Any]:
                 f"{name} must not require grad (there is no backward pass): use {name}.detach() or no_grad()"
             )
         tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        bits: NDArray[Any] = tensor.view(torch.int16).numpy()
-        return bits.view(_BFLOAT16)
-    array: NDArray[Any] = tensor.numpy()
-    return array
+    is_bfloat16 = tensor.dtype == torch.bfloat16
+    try:
+        array: NDArray[Any] = tensor.view(torch.int16).numpy() if is_bfloat16 else tensor.numpy()
+    except (RuntimeError, TypeError) as error:  # sparse, conjugated, within vmap, of a dtype that NumPy lacks, ...
+        raise TypeError(f"{name} must be a tensor that NumPy can view, got {tensor.dtype}: {error}") from None
+    return array.view(_BFLOAT16) if is_bfloat16 else array
 
 
 def _type_name(value: object) -> str:

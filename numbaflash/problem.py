@@ -13,7 +13,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from .arrays import as_numpy
 from .device_arrays import DeviceArray
@@ -39,6 +39,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = (FLOAT32, FLOAT16, BFLOAT16)
 MAX_HEAD_DIM = 256
 MAX_FLOAT32 = float(np.finfo(np.float32).max)  # scores are computed in float32
+_BEYOND_ALL_KEYS = 1 << 62  # of a window's side; positions that far away still fit 64 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,10 +190,14 @@ def describe_scoring(
     slopes = None
     if alibi_slopes is not None:
         slopes = _float_option("alibi_slopes", alibi_slopes, ((q_heads,), (batch, q_heads)))
+        if not np.isfinite(slopes).all():
+            raise ValueError(f"alibi_slopes must be finite in float32, got {slopes.tolist()}")
         slopes = np.ascontiguousarray(np.broadcast_to(slopes, (batch, q_heads)))
     sinks = None
     if sink_logits is not None:
         sinks = np.ascontiguousarray(_float_option("sink_logits", sink_logits, ((q_heads,),)))
+        if not (sinks < np.inf).all():
+            raise ValueError(f"sink_logits must be finite in float32, or -inf for none, got {sinks.tolist()}")
     return Scoring(checked_scale, checked_softcap, slopes, bias, sinks)
 
 
@@ -227,7 +232,7 @@ def _window(window: object) -> tuple[int | None, int | None]:
             raise TypeError(f"window's {name} side must be an int or None, got {side!r}")
         if side < 0:
             raise ValueError(f"window's {name} side must be 0 or more, or None for unbounded, got {side}")
-        sides.append(int(side))
+        sides.append(int(side) if side < _BEYOND_ALL_KEYS else None)
     return sides[0], sides[1]
 
 
@@ -246,7 +251,7 @@ def _bias(bias: Any, dtype: np.dtype[Any], shape: tuple[int, int, int, int]) -> 
 def _kv_lengths(kv_lengths: Any, batch: int, kv_tokens: int) -> NDArray[np.int64]:
     if kv_lengths is None:
         return np.full(batch, kv_tokens, np.int64)
-    array = np.asarray(kv_lengths) if isinstance(kv_lengths, (list, tuple)) else as_numpy(kv_lengths, "kv_lengths")
+    array = _listed("kv_lengths", kv_lengths)
     if array.dtype.kind not in "iu":
         raise TypeError(f"kv_lengths must be integers, got {array.dtype}")
     if array.shape != (batch,):
@@ -257,12 +262,23 @@ def _kv_lengths(kv_lengths: Any, batch: int, kv_tokens: int) -> NDArray[np.int64
 
 
 def _float_option(name: str, value: Any, shapes: tuple[tuple[int, ...], ...]) -> NDArray[np.float32]:
-    array = np.asarray(value, np.float32) if isinstance(value, (list, tuple)) else as_numpy(value, name)
+    array = _listed(name, value, np.float64)
     if array.dtype not in (*DTYPES, np.dtype(np.float64)):
         raise TypeError(f"{name} must be floating point, got {array.dtype}")
     if array.shape not in shapes:
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {array.shape}")
-    return array.astype(np.float32)
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32)
+
+
+def _listed(name: str, value: Any, dtype: DTypeLike | None = None) -> NDArray[Any]:
+    """An array of any library, or a list of numbers in `dtype`, as NumPy's."""
+    if not isinstance(value, (list, tuple)):
+        return as_numpy(value, name)
+    try:
+        return np.asarray(value, dtype)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be an array or a list of numbers, got {value}") from None
 
 
 def _finite(name: str, value: object) -> float:

@@ -106,3 +106,38 @@ def test_an_array_on_another_device_is_refused():
         numbaflash.attention(q, q, CudaOnly())
     with pytest.raises(ValueError, match="q must be in host memory for backend 'cpu', got device meta"):
         numbaflash.attention(torch.zeros(1, 1, 1, 8, device="meta"), q, q)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda x: x.to_sparse(),
+        lambda x: x.to(torch.complex64).conj(),
+        lambda x: torch.view_as_complex(torch.stack((x, x), -1)).conj().imag,
+        lambda x: x.to(torch.float8_e4m3fn),
+        lambda x: x.bfloat16().to_sparse(),
+    ],
+    ids=["sparse", "conjugated", "negated", "float8", "sparse bfloat16"],
+)
+def test_a_tensor_that_is_more_than_its_elements_in_memory_is_refused_by_name(odd):
+    q = torch.ones(1, 1, 1, 8)
+    with pytest.raises(TypeError, match="k must be a tensor that NumPy can view, got torch"):
+        numbaflash.attention(q, odd(q), q)
+
+
+def test_a_masked_array_is_refused():
+    q = np.ones((1, 1, 1, 8), np.float32)
+    with pytest.raises(TypeError, match="k must have no mask of its own, got a masked array"):
+        numbaflash.attention(q, np.ma.masked_array(q, mask=q > 0), q)
+
+
+def test_a_library_that_takes_no_dlpack_gets_numpys_array_and_the_step_is_taken_once():
+    class Wrapper:
+        def __init__(self, array):
+            self.__dlpack__, self.__dlpack_device__ = array.__dlpack__, array.__dlpack_device__
+
+    cache = numbaflash.RingKVCache(1, 2, 8, capacity=16)
+    q = np.ones((3, 2, 8), np.float32)
+    out = cache.step(0, *(Wrapper(q) for _ in range(3)))
+    assert isinstance(out, np.ndarray)
+    assert cache.length(0) == 3

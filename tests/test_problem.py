@@ -66,6 +66,12 @@ def test_a_wrong_shape_is_named(shapes, message):
         ({"alibi_slopes": np.zeros(3)}, ValueError, r"alibi_slopes must have shape \(4,\) or \(2, 4\), got \(3,\)"),
         ({"alibi_slopes": np.zeros(4, int)}, TypeError, "alibi_slopes must be floating point, got int64"),
         ({"sink_logits": np.zeros((2, 4))}, ValueError, r"sink_logits must have shape \(4,\), got \(2, 4\)"),
+        ({"alibi_slopes": [1e300, 1, 1, 1]}, ValueError, r"alibi_slopes must be finite in float32, got \[inf, 1.0"),
+        ({"alibi_slopes": [[1], [2, 3]]}, ValueError, "alibi_slopes must be an array or a list of numbers, got"),
+        ({"alibi_slopes": [None] * 4}, ValueError, r"alibi_slopes must be finite in float32, got \[nan"),
+        ({"sink_logits": np.full(4, np.inf)}, ValueError, "sink_logits must be finite in float32, or -inf for none"),
+        ({"sink_logits": np.full(4, np.nan)}, ValueError, "sink_logits must be finite in float32, or -inf for none"),
+        ({"kv_lengths": [[7], [7, 7]]}, ValueError, "kv_lengths must be an array or a list of numbers, got"),
         ({"kv_lengths": [7]}, ValueError, r"kv_lengths must have shape \(2,\), got \(1,\)"),
         ({"kv_lengths": [7, 8]}, ValueError, r"kv_lengths must lie in 0 to 7 \(k's tokens\), got \[7, 8\]"),
         ({"kv_lengths": [7, -1]}, ValueError, r"kv_lengths must lie in 0 to 7 .* got \[7, -1\]"),
@@ -107,3 +113,11 @@ def test_an_axis_of_length_zero_is_no_error(axis):
     assert lse.shape == (batch, 4, q_tokens)
     assert not out.any()
     assert axis != "kv_tokens" or np.isneginf(lse).all()
+
+
+@pytest.mark.parametrize("side", [2**31, 2**62, 2**63 - 1, 2**64], ids=str)
+def test_a_window_wider_than_any_sequence_hides_nothing(side):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal(shape).astype(np.float32) for shape in SHAPES.values())
+    out = numbaflash.attention(q, k, v, window=(side, side))
+    np.testing.assert_array_equal(out, numbaflash.attention(q, k, v))

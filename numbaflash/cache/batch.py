@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..problem import check_dtype, describe_scoring
@@ -45,6 +45,8 @@ def attention_batch(
         TypeError: Wrong dtypes.
         ValueError: Wrong shapes, caches that differ or come twice, or no such layer; no cache has changed then.
     """
+    if not isinstance(caches, Iterable):
+        raise TypeError(f"caches must be several RingKVCache objects, got {type(caches).__name__}")
     caches = list(caches)
     if not caches:
         raise ValueError("caches must have at least one cache, got none")

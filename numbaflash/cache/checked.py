@@ -20,10 +20,11 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CheckedFile", "DamagedError", "PagedTensor", "write"]
+__all__ = ["STORED_DTYPES", "CheckedFile", "DamagedError", "PagedTensor", "write"]
 
-_CODES: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "uint8": "U8"}
-_DTYPES: Final = {code: np.dtype(getattr(ml_dtypes, name, name)) for name, code in _CODES.items()}
+STORED_DTYPES: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "uint8": "U8"}
+"""What tensors may be of, and safetensors' names for it."""
+_DTYPES: Final = {code: np.dtype(getattr(ml_dtypes, name, name)) for name, code in STORED_DTYPES.items()}
 _DIGEST_BYTES: Final = 16
 _DIGEST_DIGITS: Final = 2 * _DIGEST_BYTES
 _MAX_HEADER: Final = 100_000_000  # the safetensors library's own limit
@@ -192,7 +193,7 @@ def _encode_header(
     offsets = _offsets(tensors)
     directory = {
         name: {
-            "dtype": _CODES[tensor.dtype.name],
+            "dtype": STORED_DTYPES[tensor.dtype.name],
             "shape": list(tensor.shape),
             "data_offsets": [offsets[name], offsets[name] + tensor.nbytes],
         }

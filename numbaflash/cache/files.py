@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .checked import CheckedFile, DamagedError, PagedTensor
+from .checked import STORED_DTYPES, CheckedFile, DamagedError, PagedTensor
 from .checked import write as write_checked
 
 __all__ = ["CacheFile", "DamagedError", "LayerState", "RingShape", "write"]
@@ -109,6 +109,7 @@ def write(
         attachments: Arrays that go with it.
 
     Raises:
+        ValueError: An attachment cannot be stored.
         OSError: The file cannot be written.
     """
     tensors: dict[str, PagedTensor] = {}
@@ -123,6 +124,9 @@ def write(
     if channel_scales is not None:
         tensors[_CHANNEL_SCALES] = PagedTensor(channel_scales.dtype, channel_scales.shape, len(channel_scales))
     for name, array in attachments.items():
+        if not array.size or not array.ndim or array.dtype.name not in STORED_DTYPES or not array.dtype.isnative:
+            accepted = f"arrays of {', '.join(STORED_DTYPES)}, none of them empty"
+            raise ValueError(f"attachments must be {accepted}; got {name!r} of {array.dtype} {array.shape}")
         tensors[_ATTACHED + name] = PagedTensor(array.dtype, array.shape, len(array))
 
     def content() -> Iterator[tuple[str, int, NDArray[Any]]]:

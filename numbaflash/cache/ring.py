@@ -13,7 +13,7 @@ import importlib
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from numpy.typing import DTypeLike, NDArray
 
@@ -237,6 +237,18 @@ class RingKVCache:
         child._hold([layer.fork() for layer in self._layers])
         return child
 
+    def __copy__(self) -> RingKVCache:
+        """As `fork`."""
+        return self.fork()
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> RingKVCache:
+        """As `fork`."""
+        return self.fork()
+
+    def __reduce__(self) -> NoReturn:
+        """Raise: another process would read addresses of this one's memory."""
+        raise TypeError("a RingKVCache cannot be pickled: save(path) writes it, and load(path) reads it elsewhere")
+
     @property
     def nbytes(self) -> int:
         """Bytes of the pages in use; a page that a fork shares counts in both."""
@@ -261,9 +273,10 @@ class RingKVCache:
         Args:
             path: Of the file.
             notes: Strings that go with it, for `files.CacheFile` to read.
-            attachments: Arrays that go with it, none of them empty.
+            attachments: Arrays that go with it, none of them empty; float32, float16, bfloat16, int8 or uint8.
 
         Raises:
+            ValueError: An attachment cannot be stored; nothing is written.
             OSError: The file cannot be written.
         """
         shape = files.RingShape(

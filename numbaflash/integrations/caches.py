@@ -8,10 +8,11 @@ attention succeeds, and no model ever gets keys and values that it would attend 
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import Cache
@@ -251,6 +252,13 @@ class StepCache(Cache, abc.ABC):
             )
         self._go_back(left, seen + removed)
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
+        """Return a cache that goes on from the same tokens on its own, such as those of a prompt that many share."""
+        self._settle()
+        twin = copy.copy(self)
+        twin._rings, twin._seen = [ring.fork() for ring in self._rings], list(self._seen)
+        return twin
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let each beam go on from the one that it came from; pages are shared until they differ."""
         self.batch_select_indices(beam_idx)
@@ -284,6 +292,11 @@ class StepCache(Cache, abc.ABC):
     def reset(self) -> None:
         """Forget all sequences."""
         self._forget()
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Of each layer, False; `generate` asks, and leaves out what it finds in the cache already."""
+        return [False] * len(self._seen)
 
     @property
     def batch_size(self) -> int:

@@ -126,7 +126,7 @@ class _Problem:
             if side is not None and side < -1:
                 raise ValueError(f"{name} must be -1 or more, got {side}")
             if side is not None and side >= 0:
-                bound[:] = side
+                bound[:] = min(side, UNBOUNDED)
         if causal:
             self._visibility.right[:] = 0
 

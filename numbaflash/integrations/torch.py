@@ -254,6 +254,8 @@ def _why_not(
             return "a tensor is nested or sparse"
         if not tensor.is_cpu:
             return f"a tensor is on {tensor.device}, not on the CPU"
+        if tensor.is_neg():
+            return "a tensor is negated lazily (see torch.resolve_neg)"
     if query.dtype not in _DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
         return f"dtypes are {query.dtype}, {key.dtype}, {value.dtype}, not the same of float32, float16, bfloat16"
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):

@@ -118,6 +118,18 @@ def test_the_safetensors_library_reads_it(tmp_path):
         assert file.metadata()["from"] == "a test"
 
 
+@pytest.mark.parametrize(
+    "array", [np.zeros(0, np.float32), np.zeros((), np.float32), np.zeros(2), np.zeros(2, ">f4")], ids=str
+)
+def test_an_attachment_that_cannot_be_stored_leaves_the_file_before(tmp_path, array):
+    cache, path = filled(40), tmp_path / "c"
+    cache.save(path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"attachments must be arrays of float32, .* none of them empty; got 'a' of"):
+        cache.save(path, attachments={"a": array})
+    assert (path.read_bytes(), os.listdir(tmp_path)) == (before, ["c"])
+
+
 def test_notes_and_attachments_come_back(tmp_path):
     arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones((1, 2), np.int8)}
     filled(40).save(tmp_path / "c", notes={"who": "somebody"}, attachments=arrays)

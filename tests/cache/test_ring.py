@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 
 import ml_dtypes
 import numpy as np
@@ -112,6 +114,27 @@ def test_a_fork_shares_every_page_until_one_side_writes():
     assert cache.pools[0].nbytes == before
     fill(fork, 1)
     assert cache.pools[0].nbytes == before + cache.pools[0].page_nbytes
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_is_a_fork_that_outlives_its_original(copied):
+    cache = cache_of()
+    fill(cache, 12)
+    (pool,) = cache.pools
+    child, used, want = copied(cache), pool.nbytes, cache.attend(0, tokens(1))
+    fill(child, 1)
+    assert (cache.length(0), child.length(0)) == (12, 13)
+    child.truncate(0)
+    child = copied(cache)
+    del cache
+    gc.collect()
+    np.testing.assert_array_equal(child.attend(0, tokens(1)), want)
+    assert pool.nbytes == used
+
+
+def test_pickling_says_how_a_cache_travels():
+    with pytest.raises(TypeError, match=r"cannot be pickled: save\(path\) writes it, and load\(path\) reads it"):
+        pickle.dumps(cache_of())
 
 
 def test_pages_of_a_dead_fork_are_given_back():
@@ -260,6 +283,7 @@ def test_a_batch_refuses_caches_that_do_not_go_together():
     for caches, error, message in [
         ([], ValueError, "caches must have at least one cache"),
         ([cache, cache], ValueError, "caches must not hold the same cache twice"),
+        (cache, TypeError, "caches must be several RingKVCache objects, got RingKVCache"),
         ([cache, cache_of(dtype="float16")], ValueError, "caches must agree in kv heads, head_dim and dtype"),
         ([cache, None], TypeError, "caches must hold RingKVCache objects, got NoneType"),
         ([cache], ValueError, r"q must have shape \(1, tokens, q heads, 8\)"),

@@ -311,4 +311,5 @@ def test_generation_that_was_broken_off_goes_on(llama: Any, target: str, kind: s
         assert so_far.shape == (1, 30 + 11)
         cache.crop(so_far.shape[1] - 1 - cache.get_seq_length())
         again = llama.generate(so_far, cache=cache, max_new_tokens=20 - 11, do_sample=False)
+    assert cache.get_seq_length() == plain.get_seq_length() == 49  # the last token has not been given to the model
     assert torch.equal(again, expected)

@@ -239,6 +239,29 @@ def test_beams_fork_the_ring() -> None:
     assert torch.equal(out, windowed(llama, 24).generate(**inputs, **options))
 
 
+def test_a_second_turn_goes_on_from_what_the_ring_holds() -> None:
+    llama, eager = models(CONFIGS["llama"]())
+    ring, options = RingCache(200), {"max_new_tokens": 10, "do_sample": False}
+    said = llama.generate(prompts(30, 1), cache=ring, **options)
+    question = torch.cat((said, prompts(7, 1)), dim=1)
+    answer = llama.generate(question, cache=ring, **options)
+    assert torch.equal(answer, eager.generate(question, **options))
+    assert ring.get_seq_length() == 30 + 10 + 7 + 10 - 1
+
+
+def test_copies_of_a_prompts_cache_go_on_alone() -> None:
+    llama, _ = models(CONFIGS["llama"]())
+    prompt, options = prompts(30, 1), {"max_new_tokens": 10, "do_sample": False}
+    cache = RingCache(24)
+    with torch.no_grad():
+        llama(prompt[:, :25], cache=cache)
+    for end in (prompt, prompt.flip(1)):
+        ids = torch.cat((prompt[:, :25], end[:, 25:]), dim=1)
+        out = llama.generate(ids, cache=copy.deepcopy(cache), **options)
+        assert torch.equal(out, windowed(llama, 24).generate(ids, **options))
+    assert cache.get_seq_length() == 25
+
+
 def test_a_draft_that_is_rejected_is_taken_back() -> None:
     llama, _ = models(CONFIGS["llama"]())
     ids = prompts(30, 1)
