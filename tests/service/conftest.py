@@ -78,9 +78,9 @@ def serve() -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
     """`numbaflash serve` as a process of its own, when it is ready, and its address."""
     processes = []
 
-    def start(*flags: str, script: str = COMMAND_LINE, **options: Any) -> tuple[subprocess.Popen[str], str]:
+    def start(*flags: str, script: str = COMMAND_LINE) -> tuple[subprocess.Popen[str], str]:
         command = [sys.executable, "-c", script, "serve", *flags]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         processes.append(process)
         line = process.stdout.readline()
         ready = re.fullmatch(r"numbaflash serves on (\S+)\n", line)

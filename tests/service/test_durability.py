@@ -6,7 +6,6 @@ import asyncio
 import errno
 import itertools
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -288,10 +287,10 @@ main()
 
 @pytest.fixture
 def start_process(serve: Any, config: dict[str, Any]) -> Callable[..., tuple[subprocess.Popen[str], str]]:
-    def start(kill_at: tuple[str, int] = ("pwrite", 0), **options: Any) -> tuple[subprocess.Popen[str], str]:
+    def start(kill_at: tuple[str, int] = ("pwrite", 0), first: str = "") -> tuple[subprocess.Popen[str], str]:
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in config.items() if name != "listen"]
         script = KILLER.replace("CALL", kill_at[0]).replace("COUNT", str(kill_at[1]))
-        return serve(*flags, "--listen", config["listen"][0], script=script, **options)
+        return serve(*flags, "--listen", config["listen"][0], script=first + script)
 
     return start
 
@@ -398,10 +397,8 @@ def test_killed_among_steps(start_process: Any, start_server: Any, config: dict[
 
 
 def test_a_disk_that_is_full_for_real(start_process: Any, config: dict[str, Any]) -> None:
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # what it is above fails with EFBIG
-
-    process, target = start_process(preexec_fn=limit)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
+    process, target = start_process(first=limit)  # what a file is above fails with EFBIG
     with Client(target, retry=ONCE) as client:
         small, large = new_twin(client), new_twin(client)
         large.step(600)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,17 +169,25 @@ def test_a_step_given_up_may_be_called_again_but_not_with_other_data(server: Any
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_timeout_is_kept_and_the_step_can_be_called_again(server: Any, qkv: Any, stream: bool) -> None:
-    with Client(server.target, retry=QUICK) as client:
+    with Client(server.target, retry=PATIENT) as client:
         session = client.create_session(1, 2, 16, capacity=64, stream=stream)
         session.step(0, **qkv(1))
         with server.engine_held(), pytest.raises(ServiceError) as caught:
             session.step(0, **qkv(1), timeout=0.2)
         assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
-        server.wait_for_queue(0)  # until then the session is busy
-        session.step(0, **qkv(1))
+        session.step(0, **qkv(1))  # busy until the first one is taken back
         assert session.length(0) == 2
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """A shell that runs the tests in the background has SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_step_broken_off_by_ctrl_c_can_be_called_again(server: Any, qkv: Any, stream: bool) -> None:
     cache = numbaflash.RingKVCache(1, 2, 16, capacity=64)
