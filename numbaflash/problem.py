@@ -29,6 +29,7 @@ __all__ = [
     "Scoring",
     "check_dtype",
     "check_heads",
+    "check_window",
     "describe",
     "describe_scoring",
 ]
@@ -135,7 +136,7 @@ def describe(
         if not 1 <= dim <= MAX_HEAD_DIM:
             raise ValueError(f"{name} must have a head_dim of 1 to {MAX_HEAD_DIM}, got {dim}")
 
-    left, right = _window(window)
+    left, right = check_window(window)
     if not isinstance(causal, (bool, np.bool_)):
         raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
     if causal:
@@ -220,7 +221,13 @@ def check_heads(q_heads: int, kv_heads: int) -> None:
         raise ValueError(f"q must have a multiple of k's {kv_heads} heads, got {q_heads}")
 
 
-def _window(window: object) -> tuple[int | None, int | None]:
+def check_window(window: object) -> tuple[int | None, int | None]:
+    """Return both sides of a window, None for what reaches beyond all keys.
+
+    Raises:
+        TypeError: It is no pair of ints or None.
+        ValueError: A side is negative.
+    """
     if not isinstance(window, Sequence) or len(window) != 2:
         raise TypeError(f"window must be a pair (left, right) of ints or None, got {window!r}")
     sides: list[int | None] = []

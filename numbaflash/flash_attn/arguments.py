@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,13 @@ from ..problem import MAX_HEAD_DIM, check_heads
 
 __all__ = [
     "Window",
+    "cap",
     "check_arrays",
     "check_axes",
     "check_head_dim",
     "check_no_dropout",
     "check_shape",
+    "integer",
     "integers",
     "kernel_window",
     "packed_parts",
@@ -30,14 +34,18 @@ Window = tuple[int | None, int | None]
 _DTYPES = ("float16", "bfloat16")
 
 
-def check_arrays(**arrays: Any) -> None:
-    """Raise unless all arrays are float16 or bfloat16, of the same dtype and on the same device; None is left out.
+def check_arrays(optional: Mapping[str, Any] = MappingProxyType({}), /, **arrays: Any) -> None:
+    """Raise unless all arrays are float16 or bfloat16, of the same dtype and on the same device.
+
+    Args:
+        optional: Arrays that may be None.
+        **arrays: Arrays that must be there.
 
     Raises:
         TypeError: One is no array, or its dtype is another.
         ValueError: One is on another device.
     """
-    given = [(name, array) for name, array in arrays.items() if array is not None]
+    given = [*arrays.items(), *((name, array) for name, array in optional.items() if array is not None)]
     first, template = given[0]
     for name, array in given:
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
@@ -117,6 +125,22 @@ def kernel_window(window_size: Any, causal: bool, kv_tokens: int) -> Window:
     if left < 0 or left >= kv_tokens:
         return None, right if right >= 0 else None
     return left, right if right >= 0 else kv_tokens
+
+
+def integer(name: str, value: Any) -> int:
+    """Return an int, or raise TypeError where it is none."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
+
+
+def cap(softcap: Any) -> float:
+    """Return the softcap in numbaflash's terms, where 0 means none and nothing is negative."""
+    try:
+        return float(max(softcap, 0.0))
+    except TypeError:
+        raise TypeError(f"softcap must be a number, got {type(softcap).__name__}") from None
 
 
 def slopes(alibi_slopes: Any, batch: int, q_heads: int, q: Any) -> Any:

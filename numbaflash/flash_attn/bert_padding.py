@@ -26,13 +26,16 @@ def unpad_input(hidden_states: Any, attention_mask: Any, unused_mask: Any = None
     Raises:
         ValueError: The masks do not have hidden_states' batch and tokens.
     """
-    valid = as_numpy(attention_mask, "attention_mask") != 0
-    taken = valid if unused_mask is None else valid | (as_numpy(unused_mask, "unused_mask") != 0)
-    if valid.ndim != 2 or tuple(hidden_states.shape[:2]) != valid.shape:
-        raise ValueError(
-            f"attention_mask must have hidden_states' batch and tokens {tuple(hidden_states.shape[:2])}, "
-            f"got shape {valid.shape}"
-        )
+    masks = {"attention_mask": attention_mask} | ({} if unused_mask is None else {"unused_mask": unused_mask})
+    set_in = {name: as_numpy(mask, name) != 0 for name, mask in masks.items()}
+    for name, mask in set_in.items():
+        if mask.ndim != 2 or tuple(hidden_states.shape[:2]) != mask.shape:
+            raise ValueError(
+                f"{name} must have hidden_states' batch and tokens {tuple(hidden_states.shape[:2])}, "
+                f"got shape {mask.shape}"
+            )
+    valid = set_in["attention_mask"]
+    taken = np.logical_or.reduce(list(set_in.values()))
     lengths = taken.sum(axis=1, dtype=np.int32)
     bounds = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
     indices = like(attention_mask, np.flatnonzero(taken))

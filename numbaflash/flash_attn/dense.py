@@ -6,6 +6,7 @@ from typing import Any
 
 from ..api import attention
 from .arguments import (
+    cap,
     check_arrays,
     check_axes,
     check_no_dropout,
@@ -150,7 +151,7 @@ def _attend(
         v,
         scale=softmax_scale,
         window=kernel_window(window_size, causal, k.shape[1]),
-        softcap=max(softcap, 0.0),
+        softcap=cap(softcap),
         alibi_slopes=slopes(alibi_slopes, q.shape[0], q.shape[2], q),
         return_lse=True,
     )

@@ -12,10 +12,12 @@ from ..arrays import as_numpy, like
 from ..cpu import attend_runs, readable
 from ..problem import describe_scoring
 from .arguments import (
+    cap,
     check_arrays,
     check_axes,
     check_head_dim,
     check_shape,
+    integer,
     integers,
     kernel_window,
     slopes,
@@ -91,8 +93,9 @@ def flash_attn_with_kvcache(
     """
 
     def compute() -> Any:
-        check_arrays(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
-        if num_splits > _MAX_SPLITS:
+        new_arrays = {"k": k, "v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
+        check_arrays(new_arrays, q=q, k_cache=k_cache, v_cache=v_cache)
+        if integer("num_splits", num_splits) > _MAX_SPLITS:
             raise ValueError(f"num_splits must be at most {_MAX_SPLITS}, got {num_splits}")
         cache = _Cache(q, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
         queries = as_numpy(q, "q")
@@ -121,7 +124,7 @@ def flash_attn_with_kvcache(
                 q_heads=heads,
                 head_dim=head_dim,
                 scale=softmax_scale,
-                softcap=max(softcap, 0.0),
+                softcap=cap(softcap),
                 alibi_slopes=slopes(alibi_slopes, batch, heads, q),
             ),
         )
@@ -184,7 +187,7 @@ class _Cache:
     def _lengths(self, seqlens: Any, batch: int, q: Any) -> NDArray[np.int64]:
         if seqlens is None:
             return np.full(batch, self.capacity)
-        if hasattr(seqlens, "shape"):
+        if hasattr(seqlens, "shape") and not isinstance(seqlens, np.generic):
             lengths = integers("cache_seqlens", seqlens, (batch,), q)
         else:
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,13 @@ from ..arrays import as_numpy, like
 from ..cpu import attend_runs, readable
 from ..problem import describe_scoring
 from .arguments import (
+    cap,
     check_arrays,
     check_axes,
     check_head_dim,
     check_no_dropout,
     check_shape,
+    integer,
     integers,
     kernel_window,
     packed_parts,
@@ -110,13 +111,13 @@ def flash_attn_varlen_func(
         out, lse = attend_runs(
             queries,
             join_runs([runs], batch, keys, values),
-            visibility(q_tokens, kv_tokens, kernel_window(window_size, causal, operator.index(max_seqlen_k))),
+            visibility(q_tokens, kv_tokens, kernel_window(window_size, causal, integer("max_seqlen_k", max_seqlen_k))),
             describe_scoring(
                 batch=batch,
                 q_heads=heads,
                 head_dim=head_dim,
                 scale=softmax_scale,
-                softcap=max(softcap, 0.0),
+                softcap=cap(softcap),
                 alibi_slopes=slopes(alibi_slopes, batch, heads, q),
             ),
             q_bounds,
@@ -203,10 +204,7 @@ def flash_attn_varlen_qkvpacked_func(
 
 def _tokens(which: str, bounds: NDArray[np.int64], total: int | None, max_seqlen: int) -> NDArray[np.int64]:
     """Tokens of each sequence of q or k, or an error where bounds and longest length do not fit them."""
-    try:
-        limit = operator.index(max_seqlen)
-    except TypeError:
-        raise TypeError(f"max_seqlen_{which} must be an int, got {type(max_seqlen).__name__}") from None
+    limit = integer(f"max_seqlen_{which}", max_seqlen)
     tokens: NDArray[np.int64] = bounds[1:] - bounds[:-1]
     lengths = tokens.tolist()  # Python's min and max take 0.5 us for 64 sequences, NumPy's 2 for any number
     longest = max(lengths)

@@ -13,7 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .. import api
-from ..problem import MAX_HEAD_DIM
+from ..problem import MAX_HEAD_DIM, check_window
 
 __all__ = ["attention", "attention_heads_first", "sdpa"]
 
@@ -78,6 +78,9 @@ def _refuse_backward(_context: Any, *_gradients: Any) -> Any:
     )
 
 
+_NO_DERIVATIVE = "numbaflash has no forward-mode derivative: call it outside of torch.func.jvp and dual_level"
+
+
 torch.library.register_autograd("numbaflash::attention", _refuse_backward, lib=_LIBRARY)
 _operator = torch.ops.numbaflash.attention.default
 
@@ -104,16 +107,21 @@ def attention(
     that require grad; a backward pass through the result raises NotImplementedError.
 
     Raises:
+        NotImplementedError: Within forward-mode differentiation (torch.func.jvp).
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument has the wrong shape, value or device.
     """
-    for name, tensor in (("k", k), ("v", v)):
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}")
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} must have q's dtype {q.dtype}, got {tensor.dtype}")
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise NotImplementedError(_NO_DERIVATIVE)
     out, lse = _operator(
-        q, k, v, scale, causal, *window, softcap, bias, alibi_slopes, sink_logits, kv_lengths, algorithm
+        q, k, v, scale, causal, *check_window(window), softcap, bias, alibi_slopes, sink_logits, kv_lengths, algorithm
     )
     return (out, lse) if return_lse else out
 
@@ -247,6 +255,8 @@ def _why_not(
     """Why numbaflash cannot serve a call, or None; calls that PyTorch rejects are left to it, too."""
     if dropout_p:
         return "dropout_p is not 0"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is on, and there is no derivative"
     for tensor in (query, key, value) if attn_mask is None else (query, key, value, attn_mask):
         if tensor.requires_grad and torch.is_grad_enabled():
             return "a tensor requires grad, and there is no backward pass (use torch.no_grad())"

@@ -190,6 +190,13 @@ def test_padding_taken_away_is_put_back():
     assert torch.equal(pad_input(packed, indices, 3, 4), x * mask[..., None])
 
 
+def test_masks_of_another_shape_are_named():
+    x, mask = np.zeros((2, 5, 3)), np.ones((2, 5))
+    for masks in ({"attention_mask": mask[:, :4]}, {"attention_mask": mask, "unused_mask": mask[:, :4]}):
+        with pytest.raises(ValueError, match=rf"{[*masks][-1]} must have hidden_states' batch and tokens \(2, 5\)"):
+            unpad_input(x, **masks)
+
+
 def test_a_wrong_argument_is_named():
     q, k, v = dense()
     with pytest.raises(TypeError, match=r"q must be float16 or bfloat16, .* got float32"):

@@ -35,6 +35,8 @@ def rejected(
         ({"k": torch.ones(1, 9, 2, 16).bfloat16()}, TypeError, "k must have q's dtype float16, got bfloat16"),
         ({"v": torch.ones(1, 9, 2, 16, device="meta").half()}, ValueError, "v must be on q's device cpu, got meta"),
         ({"v": [1, 2]}, TypeError, "v must be an array, got list"),
+        ({"q": None}, TypeError, "q must be an array, got NoneType"),
+        ({"softcap": None}, TypeError, "softcap must be a number, got NoneType"),
         ({"q": ones(4, 2, 16)}, ValueError, r"q must have 4 axes \(batch, tokens, heads, head_dim\)"),
         ({"q": ones(0, 4, 2, 16), "k": ones(0, 9, 2, 16), "v": ones(0, 9, 2, 16)}, ValueError, "at least one batch"),
         ({"q": ones(1, 4, 3, 16)}, ValueError, "q must have a multiple of k's 2 heads, got 3"),
@@ -115,6 +117,9 @@ def test_varlen(wrong: dict[str, Any], kind: type, message: str) -> None:
         ({"k_cache": ones(2, 20, 2, 32)[..., ::2]}, ValueError, "k_cache must have a last axis of stride 1"),
         ({"v_cache": np.broadcast_to(ones(16), (2, 20, 2, 16))}, ValueError, "v_cache must be writable"),
         ({"num_splits": 129}, ValueError, "num_splits must be at most 128, got 129"),
+        ({"num_splits": 1.5}, TypeError, "num_splits must be an int, got float"),
+        ({"k_cache": None}, TypeError, "k_cache must be an array, got NoneType"),
+        ({"cache_seqlens": np.float32(3)}, TypeError, "cache_seqlens must be an int or int32 array, got float32"),
         ({"rotary_cos": ROTARY}, ValueError, "rotary_sin must come with rotary_cos"),
         ({"rotary_cos": ROTARY, "rotary_sin": ROTARY, "k": None, "v": None}, ValueError, "must come with new keys"),
         (

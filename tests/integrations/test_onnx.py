@@ -164,3 +164,9 @@ def test_a_scatter_feeds_attention() -> None:
         {"q": normal(2, 2, 1, 4), "k": present, "v": present, "mask": None, "pk": None, "pv": None, "length": at + 1},
         is_causal=1,
     )
+
+
+def test_a_window_wider_than_any_sequence_hides_nothing() -> None:
+    inputs = {"q": normal(1, 2, 5, 8), "k": normal(1, 2, 5, 8), "v": normal(1, 2, 5, 8)}
+    wide, unbounded = (evaluate("Attention", inputs, right_window_size=size) for size in (2**63 - 1, -1))
+    np.testing.assert_array_equal(*wide, *unbounded)

@@ -110,6 +110,41 @@ def test_other_devices_and_dtypes_name_both() -> None:
         attention(q, k, v.half())
 
 
+def test_what_the_operator_cannot_take_is_named() -> None:
+    q, k, v = qkv()
+    with pytest.raises(TypeError, match=r"k must be a torch\.Tensor, got ndarray"):
+        attention(q, k.numpy(), v)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"window must be a pair \(left, right\) of ints or None, got \(1, 2, 3\)"):
+        attention(q, k, v, window=(1, 2, 3))  # type: ignore[arg-type]
+    assert torch.equal(attention(q, k, v, window=(2**70, None)), attention(q, k, v))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of PyTorch's own formula
+def test_forward_derivatives_are_refused_by_the_operator_and_left_to_pytorch_by_sdpa() -> None:
+    q, k, v = qkv()
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: attention(x, k, v), (q,), (q,))
+    q, k, v = heads_first()
+
+    def served(x: torch.Tensor) -> torch.Tensor:
+        with sdpa(), pytest.warns(UserWarning, match="forward-mode differentiation is on"):
+            return F.scaled_dot_product_attention(x, k, v)
+
+    out, expected = (
+        torch.func.jvp(f, (q,), (q,))[1] for f in (served, lambda x: F.scaled_dot_product_attention(x, k, v))
+    )
+    torch.testing.assert_close(out, expected)
+    assert out.any()
+
+
+def test_a_lazily_negated_tensor_is_left_to_pytorch() -> None:
+    q, k, v = heads_first()
+    negated = torch.view_as_complex(torch.stack((q, q), -1)).conj().imag
+    with sdpa(), pytest.warns(UserWarning, match="negated lazily"):
+        out = F.scaled_dot_product_attention(negated, k, v)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(-q, k, v))
+
+
 def heads_first(q_tokens: int = 6, kv_tokens: int = 6, heads: tuple[int, int] = (4, 4)) -> list[torch.Tensor]:
     return [normal(2, heads[0], q_tokens, 16), normal(2, heads[1], kv_tokens, 16), normal(2, heads[1], kv_tokens, 24)]
 
