@@ -76,12 +76,12 @@ def attend_item(task, task_address, item, scratch):
             clear(scratch + _SCORES + r * _SCORE_ROW, 4 * padded(item.keys))
 
     out_bytes = item.heads * item.padded_rows * 4 * padded(task.value_dim)
-    clear(scratch + OUT, out_bytes)
-    _weigh(task, task_address, item, scratch, False)
-    if not is_finite(scratch + OUT, scratch + OUT + out_bytes):
-        # Somewhere a NaN or an infinity came in: again, and let a weight of 0 take nothing from its value.
+    # Where a NaN or an infinity came in: again, and let a weight of 0 take nothing from its value.
+    for exact in (False, True):
         clear(scratch + OUT, out_bytes)
-        _weigh(task, task_address, item, scratch, True)
+        _weigh(task, task_address, item, scratch, exact)
+        if is_finite(scratch + OUT, scratch + OUT + out_bytes):
+            break
 
 
 @native

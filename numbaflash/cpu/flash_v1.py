@@ -39,9 +39,10 @@ def flash_v1(task_address, scratch):
         if item >= task.items:
             break
         sequence, kv_head = item // task.kv_heads, item % task.kv_heads
-        if not attend_head(task, sequence, kv_head, item, scratch, False):
-            # Somewhere a NaN or an infinity came in: again, and see to it that it stays with the rows that see it.
-            attend_head(task, sequence, kv_head, item, scratch, True)
+        # Where a NaN or an infinity came in: again, and see to it that it stays with the rows that see it.
+        for exact in (False, True):
+            if attend_head(task, sequence, kv_head, item, scratch, exact):
+                break
         report_item(task_address)
 
 

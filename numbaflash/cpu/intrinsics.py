@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["Emitter", "instruction"]
+__all__ = ["Emitter", "choice", "instruction"]
+
+_SELECTOR_BITS = 6
 
 # Emits IR from a builder and the operands' values; returns the result's value, or None for nothing.
 Emitter = Callable[..., ir.Value | None]
@@ -33,3 +36,31 @@ def instruction(result: types.Type, operands: tuple[types.Type, ...], emitter: E
     parameters = [inspect.Parameter(name, kind) for name in names]
     typed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # functions may have one
     return intrinsic(typed)
+
+
+def choice(emitters: Mapping[tuple[int, ...], Emitter], operands: int) -> Any:
+    """A function without a result, whose first arguments say what code it runs; all are int64.
+
+    It is one function for Numba, which compiles functions that call each other anew for each level of them.
+
+    Args:
+        emitters: By those first arguments, each from 0 to 63; others run nothing.
+        operands: How many arguments follow, the emitters' operands.
+    """
+    selectors = len(next(iter(emitters)))
+
+    def emitter(builder: ir.IRBuilder, *values: ir.Value) -> None:
+        wanted = values[0]
+        for value in values[1:selectors]:
+            wanted = builder.or_(builder.shl(wanted, wanted.type(_SELECTOR_BITS)), value)
+        after = builder.append_basic_block("after")
+        switch = builder.switch(wanted, after)
+        for which, emit in emitters.items():
+            block = builder.append_basic_block("case")
+            switch.add_case(reduce(lambda number, one: number << _SELECTOR_BITS | one, which), block)
+            builder.position_at_end(block)
+            emit(builder, *values[selectors:])
+            builder.branch(after)
+        builder.position_at_end(after)
+
+    return instruction(types.void, (types.int64,) * (selectors + operands), emitter)

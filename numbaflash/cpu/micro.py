@@ -10,9 +10,9 @@ tile holds never changes the bits of another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from itertools import product
 from typing import Any
 
 from llvmlite import ir
@@ -20,7 +20,7 @@ from numba import types
 
 from . import emit
 from .emit import BFLOAT16, F32, FLOAT16, FLOAT32, I64, LANES, VECTOR
-from .intrinsics import instruction
+from .intrinsics import Emitter, choice, instruction
 from .jit import native
 from .target import TARGET
 
@@ -31,7 +31,6 @@ __all__ = [
     "VALUE_VECTORS",
     "accumulate_panel",
     "accumulate_panel_skipping_zeros",
-    "by_rows",
     "counted_loop",
     "horizontal_sums",
     "multiply_panel",
@@ -87,10 +86,11 @@ def strided(builder: ir.IRBuilder, base: ir.Value, stride: ir.Value, count: int)
 # ---- prefill: lanes are query rows ------------------------------------------------------------------------------
 
 
-def _panel_product(vectors: int, accumulate: bool, skip_zeros: bool = False) -> Any:
+def _panel_product(vectors: int, accumulate: bool, skip_zeros: bool = False) -> Emitter:
     """C[i, :] = sum over k of A[i, k] * B[k, :], for TILE_ROWS rows i and `vectors` vectors of lanes.
 
-    With `accumulate`, C[i, :] = C[i, :] * factor + sum: the online softmax's rescaling costs no pass of its own.
+    With `accumulate`, C[i, :] = C[i, :] * factor + sum, and there is a last operand, where the factors lie: the online
+    softmax's rescaling costs no pass of its own.
     With `skip_zeros`, a B[k, lane] of 0 takes nothing from A, be it NaN or infinite.
     """
 
@@ -104,7 +104,7 @@ def _panel_product(vectors: int, accumulate: bool, skip_zeros: bool = False) -> 
         steps: ir.Value,
         c: ir.Value,
         c_row: ir.Value,
-        factor: ir.Value,
+        factor: ir.Value | None = None,
     ) -> None:
         a_rows = strided(builder, a, a_row, TILE_ROWS)
         zero = emit.constant(0.0, VECTOR)
@@ -132,36 +132,16 @@ def _panel_product(vectors: int, accumulate: bool, skip_zeros: bool = False) -> 
                     value = emit.multiply_add(builder, emit.load_at(builder, at, VECTOR), factors[j], value)
                 emit.store_at(builder, at, value)
 
-    return instruction(types.void, (types.int64,) * 9, product)
+    return product
 
 
-_multiply = {vectors: _panel_product(vectors, accumulate=False) for vectors in (1, 2, 3)}
-_accumulate = {vectors: _panel_product(vectors, accumulate=True) for vectors in (1, 2, 3)}
-accumulate_panel_skipping_zeros = _panel_product(1, accumulate=True, skip_zeros=True)
-multiply_1, multiply_2, multiply_3 = _multiply[1], _multiply[2], _multiply[3]
-accumulate_1, accumulate_2, accumulate_3 = _accumulate[1], _accumulate[2], _accumulate[3]
+_VECTORS = range(1, PANEL_VECTORS + 1)
 
-
-@native
-def multiply_panel(vectors, a, a_row, a_step, b, b_step, steps, c, c_row):
-    """C = A B for a panel of 1 to PANEL_VECTORS vectors; see `_panel_product`."""
-    if vectors == 3:
-        multiply_3(a, a_row, a_step, b, b_step, steps, c, c_row, 0)
-    elif vectors == 2:
-        multiply_2(a, a_row, a_step, b, b_step, steps, c, c_row, 0)
-    else:
-        multiply_1(a, a_row, a_step, b, b_step, steps, c, c_row, 0)
-
-
-@native
-def accumulate_panel(vectors, a, a_row, a_step, b, b_step, steps, c, c_row, factor):
-    """C = C * factor + A B for a panel of 1 to PANEL_VECTORS vectors; see `_panel_product`."""
-    if vectors == 3:
-        accumulate_3(a, a_row, a_step, b, b_step, steps, c, c_row, factor)
-    elif vectors == 2:
-        accumulate_2(a, a_row, a_step, b, b_step, steps, c, c_row, factor)
-    else:
-        accumulate_1(a, a_row, a_step, b, b_step, steps, c, c_row, factor)
+# C = A B for a panel of so many vectors, and C = C * factor + A B, be `factor` the address of a vector for each; see
+# `_panel_product`.
+multiply_panel = choice({(n,): _panel_product(n, accumulate=False) for n in _VECTORS}, 8)
+accumulate_panel = choice({(n,): _panel_product(n, accumulate=True) for n in _VECTORS}, 9)
+accumulate_panel_skipping_zeros = choice({(1,): _panel_product(1, accumulate=True, skip_zeros=True)}, 9)
 
 
 # ---- decode: lanes run over head_dim ----------------------------------------------------------------------------
@@ -216,7 +196,7 @@ def _reduced_order(level: list[list[int]]) -> list[int]:
     return level[0]
 
 
-def _score_block(dtype: int, rows: int) -> Any:
+def _score_block(dtype: int, rows: int) -> Emitter:
     """scores[row, key] = q[row] . k[key] for `rows` rows and LANES / rows keys; keys past `last` repeat key `last`."""
     keys = LANES // rows
 
@@ -257,10 +237,10 @@ def _score_block(dtype: int, rows: int) -> Any:
             part = emit.shuffle(builder, result, result, list(range(row * keys, (row + 1) * keys)))
             emit.store_at(builder, at, part)
 
-    return instruction(types.void, (types.int64,) * 9, score)
+    return score
 
 
-def _value_block(vectors: int, dtype: int, rows: int) -> Any:
+def _value_block(dtype: int, rows: int, vectors: int) -> Emitter:
     """out[row, :] += sum over keys of weights[row, key] * v[key, :], for `vectors` vectors of head_dim."""
 
     def weigh(
@@ -296,45 +276,14 @@ def _value_block(vectors: int, dtype: int, rows: int) -> Any:
         for at, total in zip(places, totals, strict=True):
             emit.store_at(builder, at, total)
 
-    return instruction(types.void, (types.int64,) * 8, weigh)
+    return weigh
 
 
-def by_rows(block: Callable[[int], Any], most: int = ROWS_TOGETHER) -> Any:
-    """A function of the number of rows (1, 2 or `most`) and of what the micro-kernel for so many rows takes."""
-    for_1, for_2 = block(1), block(2)
-    for_more = block(most) if most > 2 else for_2
-
-    @native
-    def run(rows, *arguments):
-        if rows == 1:
-            for_1(*arguments)
-        elif rows == 2:
-            for_2(*arguments)
-        else:
-            for_more(*arguments)
-
-    return run
-
-
-def _by_dtype(block: Callable[[int, int], Any]) -> Any:
-    """A function of the dtype, the number of rows and of what the micro-kernel for both takes."""
-    for_f32, for_f16, for_bf16 = (by_rows(partial(block, dtype)) for dtype in (FLOAT32, FLOAT16, BFLOAT16))
-
-    @native
-    def run(dtype, rows, *arguments):
-        if dtype == FLOAT32:
-            for_f32(rows, *arguments)
-        elif dtype == FLOAT16:
-            for_f16(rows, *arguments)
-        else:
-            for_bf16(rows, *arguments)
-
-    return run
-
-
-score_block = _by_dtype(_score_block)
-weigh_wide_block = _by_dtype(partial(_value_block, VALUE_VECTORS))
-weigh_block = _by_dtype(partial(_value_block, 1))
+_KINDS = tuple(product((FLOAT32, FLOAT16, BFLOAT16), (1, 2, ROWS_TOGETHER)))
+score_block = choice({kind: _score_block(*kind) for kind in _KINDS}, 9)
+weigh_block, weigh_wide_block = (
+    choice({kind: _value_block(*kind, vectors) for kind in _KINDS}, 8) for vectors in (1, VALUE_VECTORS)
+)
 
 
 @native

@@ -7,8 +7,7 @@ shuffle. Codes are unsigned; scales and offsets are the caller's (`codes.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from itertools import product
 from typing import Any
 
 from llvmlite import ir
@@ -17,9 +16,9 @@ from numba.core import cgutils
 
 from . import emit
 from .emit import F32, I32, I64, LANES, VECTOR
-from .intrinsics import instruction
+from .intrinsics import Emitter, choice, instruction
 from .jit import native
-from .micro import ROWS_TOGETHER, by_rows, counted_loop, horizontal_sums, strided
+from .micro import ROWS_TOGETHER, counted_loop, horizontal_sums, strided
 from .target import TARGET
 from .vector import FloatVector
 
@@ -89,7 +88,7 @@ def _prefetch(builder: ir.IRBuilder, at: ir.Value, ahead: ir.Value) -> None:
     emit.prefetch(builder, emit.offset(builder, at, _SOON))
 
 
-def _score_block(scaled: bool, bits: int, rows: int) -> Any:
+def _score_block(bits: int, rows: int, scaled: bool) -> Emitter:
     """scores[row, key] = start[row] + sum over elements of q[row] * code[key], for `rows` rows and LANES / rows keys.
 
     `start` are vectors whose lanes are to be summed. With `scaled`, there are none, and a block's part counts as often
@@ -160,10 +159,10 @@ def _score_block(scaled: bool, bits: int, rows: int) -> Any:
             part = emit.shuffle(builder, result, result, list(range(row * keys, (row + 1) * keys)))
             emit.store_at(builder, at, part)
 
-    return instruction(types.void, (types.int64,) * 13, score)
+    return score
 
 
-def _value_block(blocks: int, bits: int, rows: int) -> Any:
+def _value_block(bits: int, rows: int, blocks: int) -> Emitter:
     """out[row, :] += sum over keys of weights[row, key] * code[key, :], for `blocks` blocks of elements."""
     vectors = blocks * _BLOCK_VECTORS
 
@@ -202,7 +201,7 @@ def _value_block(blocks: int, bits: int, rows: int) -> Any:
         for at, total in zip(places, totals, strict=True):
             emit.store_at(builder, at, total)
 
-    return instruction(types.void, (types.int64,) * 8, weigh)
+    return weigh
 
 
 def _load(unpack: Any) -> Any:
@@ -222,24 +221,14 @@ def _store_codes(builder: ir.IRBuilder, address: ir.Value, codes: ir.Value) -> N
 store_codes = instruction(types.void, (types.int64, FloatVector), _store_codes)
 
 
-def _by_bits(block: Callable[[int, int], Any], most: int) -> Any:
-    """A function of the bits of a code, the number of rows and of what the micro-kernel for both takes."""
-    for_8, for_4 = (by_rows(partial(block, bits), most) for bits in (8, 4))
-
-    @native
-    def run(bits, rows, *arguments):
-        if bits == 8:
-            for_8(rows, *arguments)
-        else:
-            for_4(rows, *arguments)
-
-    return run
-
-
-score_block = _by_bits(partial(_score_block, False), ROWS_TOGETHER)
-score_scaled_block = _by_bits(partial(_score_block, True), ROWS_TOGETHER)
-weigh_block = _by_bits(partial(_value_block, 1), ROWS_PER_WEIGHT)
-weigh_wide_block = _by_bits(partial(_value_block, _WIDE_BLOCKS), ROWS_PER_WEIGHT)
+_SCORED = tuple(product((8, 4), (1, 2, ROWS_TOGETHER)))
+score_block, score_scaled_block = (
+    choice({kind: _score_block(*kind, scaled) for kind in _SCORED}, 13) for scaled in (False, True)
+)
+_WEIGHED = tuple(product((8, 4), sorted({1, 2, ROWS_PER_WEIGHT})))
+weigh_block, weigh_wide_block = (
+    choice({kind: _value_block(*kind, blocks) for kind in _WEIGHED}, 8) for blocks in (1, _WIDE_BLOCKS)
+)
 
 
 @native

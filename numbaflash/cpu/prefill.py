@@ -53,9 +53,10 @@ def prefill(task_address, scratch):
         sequence, kv_head = pair // task.kv_heads, pair % task.kv_heads
         row = stretch * task.rows_per_item
         end = min(row + task.rows_per_item, query_rows(task, sequence))
-        if row < end and not attend_rows(task, sequence, kv_head, row, end, scratch, False):
-            # Somewhere a NaN or an infinity came in: again, and see to it that it stays with the rows that see it.
-            attend_rows(task, sequence, kv_head, row, end, scratch, True)
+        # Where a NaN or an infinity came in: again, and see to it that it stays with the rows that see it.
+        for exact in (False, True):
+            if row >= end or attend_rows(task, sequence, kv_head, row, end, scratch, exact):
+                break
         report_item(task_address)
 
 

@@ -117,10 +117,11 @@ def standard_values(task_address, scratch):
             break
         panel, weights = panel_of_item(task, item)
         out = scratch + _OUT
-        weigh_all(task, panel, weights, ones, scratch, False)
-        if not is_finite(out, out + task.value_dim * panel.vectors * VECTOR_BYTES):
-            # Somewhere a NaN or an infinity came in: again, and see to it that it stays with the rows that see it.
-            weigh_all(task, panel, weights, ones, scratch, True)
+        # Where a NaN or an infinity came in: again, and see to it that it stays with the rows that see it.
+        for exact in (False, True):
+            weigh_all(task, panel, weights, ones, scratch, exact)
+            if is_finite(out, out + task.value_dim * panel.vectors * VECTOR_BYTES):
+                break
         write_panel(task, panel, out, ones, scratch + _STAGING)
         report_item(task_address)
 
