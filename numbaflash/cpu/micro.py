@@ -90,11 +90,11 @@ def _panel_product(vectors: int, accumulate: bool, skip_zeros: bool = False) -> 
     """C[i, :] = sum over k of A[i, k] * B[k, :], for TILE_ROWS rows i and `vectors` vectors of lanes.
 
     With `accumulate`, C[i, :] = C[i, :] * factor + sum, and there is a last operand, where the factors lie: the online
-    softmax's rescaling costs no pass of its own.
-    With `skip_zeros`, a B[k, lane] of 0 takes nothing from A, be it NaN or infinite.
+    softmax's rescaling costs no pass of its own. With `skip_zeros`, a B[k, lane] of 0 takes nothing from A, be that NaN
+    or infinite.
     """
 
-    def product(
+    def multiply(
         builder: ir.IRBuilder,
         a: ir.Value,
         a_row: ir.Value,
@@ -132,7 +132,7 @@ def _panel_product(vectors: int, accumulate: bool, skip_zeros: bool = False) -> 
                     value = emit.multiply_add(builder, emit.load_at(builder, at, VECTOR), factors[j], value)
                 emit.store_at(builder, at, value)
 
-    return product
+    return multiply
 
 
 _VECTORS = range(1, PANEL_VECTORS + 1)
@@ -141,7 +141,10 @@ _VECTORS = range(1, PANEL_VECTORS + 1)
 # `_panel_product`.
 multiply_panel = choice({(n,): _panel_product(n, accumulate=False) for n in _VECTORS}, 8)
 accumulate_panel = choice({(n,): _panel_product(n, accumulate=True) for n in _VECTORS}, 9)
-accumulate_panel_skipping_zeros = choice({(1,): _panel_product(1, accumulate=True, skip_zeros=True)}, 9)
+# For one vector, where B may hold zeros that take nothing from A.
+accumulate_panel_skipping_zeros = instruction(
+    types.void, (types.int64,) * 9, _panel_product(1, accumulate=True, skip_zeros=True)
+)
 
 
 # ---- decode: lanes run over head_dim ----------------------------------------------------------------------------

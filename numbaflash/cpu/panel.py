@@ -164,7 +164,7 @@ def weigh_panel(task, panel, values, value_row, weights, count, out, factors, ex
         if exact:
             for lane in range(0, lanes_row, VECTOR_BYTES):
                 accumulate_panel_skipping_zeros(
-                    1, v, 4, value_row, weights + lane, lanes_row, count, o + lane, lanes_row, factors + lane
+                    v, 4, value_row, weights + lane, lanes_row, count, o + lane, lanes_row, factors + lane
                 )
         else:
             accumulate_panel(panel.vectors, v, 4, value_row, weights, lanes_row, count, o, lanes_row, factors)
