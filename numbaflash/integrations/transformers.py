@@ -94,7 +94,10 @@ def _attend(
     if isinstance(key, Ticket):
         if not causal:
             raise ValueError(f"a ring of keys is causal, and {type(module).__name__} is not: use another cache")
-        valid = None if attention_mask is None else _tokens_that_see_themselves(attention_mask)
+        valid = None
+        if attention_mask is not None:
+            valid = _tokens_that_see_themselves(attention_mask, window).expand(len(query), -1)
+        query, key.new_keys, key.new_values = _as_autocast_has_them(query, key.new_keys, key.new_values)
         options = {
             "scale": scaling,
             "softcap": softcap or 0.0,
@@ -121,9 +124,7 @@ def _attend(
                 f'{type(module).__name__} does not say its sliding window: load it with attn_implementation="sdpa"'
             )
     out = attention_heads_first(
-        query,
-        key,
-        value,
+        *_as_autocast_has_them(query, key, value),
         scale=scaling,
         window=(window_left, window_right),
         softcap=softcap or 0.0,
@@ -131,6 +132,14 @@ def _attend(
         sink_logits=s_aux,
     )
     return out, None
+
+
+def _as_autocast_has_them(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cast as autocast does for PyTorch's own attention; rotary positions leave queries and keys in float32."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
 
 
 def _make_mask(
@@ -189,11 +198,23 @@ def _is_window(mask_function: Callable[..., Any], local_size: int | None) -> boo
     return bool((mask_function(first, first, queries, keys) == torch.tensor([False, True, False])).all())
 
 
-def _tokens_that_see_themselves(mask: torch.Tensor) -> torch.Tensor:
-    """The step's tokens that are no padding, (batch, tokens) bool, from a mask (batch, 1, tokens, all tokens seen)."""
+def _tokens_that_see_themselves(mask: torch.Tensor, window: int | None) -> torch.Tensor:
+    """The step's tokens that are no padding, (batch, tokens) bool, from a mask (batch, heads, tokens, all tokens seen).
+
+    Raises:
+        ValueError: Such a token does not see just those before it, in the window, that are no padding either; or the
+            mask adds something to scores.
+    """
     may_see = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     tokens, seen = mask.shape[2:]
-    step = may_see[:, 0, :, seen - tokens :]
-    if step.triu(1).any():
-        raise ValueError("a ring of keys is causal, and attention_mask lets a token see a later one: use another cache")
-    return step.diagonal(dim1=1, dim2=2)
+    step = may_see[..., seen - tokens :]
+    valid = step[:, 0].diagonal(dim1=1, dim2=2)
+    token = torch.arange(tokens, device=mask.device)
+    before = token[:, None] - token
+    ring_shows = (before >= 0) & (before < (window or seen)) & valid[:, None, None]
+    adds = mask.dtype != torch.bool and bool(mask[may_see].any())
+    if adds or ((step != ring_shows) & valid[:, None, :, None]).any():
+        raise ValueError(
+            "a ring of keys is causal and hides nothing but padding, attention_mask asks for more: use another cache"
+        )
+    return valid

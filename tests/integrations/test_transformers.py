@@ -304,6 +304,31 @@ def test_a_ring_is_of_no_use_to_eager_attention_and_says_so() -> None:
         eager(prompts(), cache=RingCache(16))
 
 
+@pytest.mark.parametrize("what", ["later", "earlier", "of one head", "added"])
+def test_a_mask_that_a_ring_cannot_obey_is_refused(what: str) -> None:
+    llama, _ = models(CONFIGS["llama"]())
+    mask = torch.ones(1, 4, 30, 30).tril().bool()
+    if what == "added":
+        mask = torch.where(mask, -0.5, torch.finfo(torch.float32).min)
+    else:
+        mask[:, 3 if what == "of one head" else slice(None), 20, 25 if what == "later" else 10] = what == "later"
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="hides nothing but padding, attention_mask asks for"),
+    ):
+        llama(prompts(), attention_mask=mask, cache=RingCache(64))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_autocast_is_obeyed(name: str) -> None:
+    ours, theirs = models(CONFIGS[name]())
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = theirs(prompts(12)).logits
+        for cache in (None, RingCache(12)):
+            logits = ours(prompts(12), cache=cache).logits
+            assert (logits - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
 def test_a_ring_must_not_outgrow_the_models_own_window() -> None:
     mistral, _ = models(CONFIGS["mistral"]())
     with torch.no_grad(), pytest.raises(ValueError, match="capacity must be at most the model's sliding window 12"):
