@@ -232,3 +232,8 @@ def test_what_cannot_be_is_named(arguments: list[str], status: int, says: str) -
     result = run(*arguments)
     assert result.exit_code == status
     assert says in said(result)
+
+
+def test_a_dtype_that_no_cache_has_is_refused():
+    with pytest.raises(ValueError, match="dtype must be float32, float16, bfloat16, int8 or int4, got 'float64'"):
+        cache_size(find_model("Llama-3-8B"), Storage("float64"), ring_layout(4096, 0, 64, 0))

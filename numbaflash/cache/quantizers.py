@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..arrays import as_numpy
 from ..cpu.encode import transpose, widen
 from ..cpu.fit import half_quadratic, squared_errors
+from ..problem import DTYPES
 from .channel_scales import ROTARY, Seen, search_channel_scales
 from .page_format import BITS, GROUP_SIZES, PageFormat, inverses_of, offsets_of
 
@@ -50,7 +51,9 @@ class Quantizer(ABC):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+        if self.group_size is not None and (
+            not isinstance(self.group_size, (int, np.integer)) or self.group_size not in GROUP_SIZES
+        ):
             raise ValueError(f"group_size must be {', '.join(map(str, GROUP_SIZES))} or None, got {self.group_size!r}")
         if not isinstance(self.symmetric, bool):
             raise TypeError(f"symmetric must be a bool, got {type(self.symmetric).__name__}")
@@ -235,9 +238,24 @@ class AWQQuantizer(HQQQuantizer):
             raise ValueError(
                 f"channel_scales must be floats of shape (num_layers, Hkv, D), got {scales.dtype} {scales.shape}"
             )
-        if not (np.isfinite(scales) & (scales > 0)).all():
-            raise ValueError("channel_scales must be positive and finite")
-        object.__setattr__(self, "channel_scales", np.ascontiguousarray(scales, np.float32))
+        with np.errstate(over="ignore"):
+            own = np.array(scales, np.float32, order="C")  # keys that a cache holds have been multiplied by these
+        if not (np.isfinite(own) & (own > 0)).all():
+            raise ValueError("channel_scales must be positive and finite in float32")
+        own.flags.writeable = False
+        object.__setattr__(self, "channel_scales", own)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other has the same options and scales."""
+        return (
+            isinstance(other, AWQQuantizer)
+            and self.text == other.text
+            and np.array_equal(self.channel_scales, other.channel_scales)
+        )
+
+    def __hash__(self) -> int:
+        """Of the options and scales."""
+        return hash((self.text, self.channel_scales.tobytes()))
 
     @classmethod
     def search(
@@ -267,11 +285,13 @@ class AWQQuantizer(HQQQuantizer):
 
         Raises:
             TypeError: No arrays of floats.
-            ValueError: Wrong shapes, NaN or infinities, no such `rotary`, too few tokens for any to become codes, or
-                the group does not divide D.
+            ValueError: Wrong shapes, NaN or infinities, no such `rotary` or `dtype`, too few tokens for any to become
+                codes, or the group does not divide D.
         """
         queries, keys = as_numpy(q, "q"), as_numpy(k, "k")
         _check_samples(queries, keys)
+        if dtype not in BITS:
+            raise ValueError(f"dtype must be {' or '.join(BITS)}, got {dtype!r}")
         if rotary not in ROTARY:
             raise ValueError(f"rotary must be {', '.join(map(repr, ROTARY))}, got {rotary!r}")
         seen = Seen(sink_tokens, page_size)
@@ -342,7 +362,8 @@ def _middle(top: int) -> int:
 
 def _rounded(fit: tuple[_Floats, _Floats]) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
     scales, offsets = fit
-    return scales.astype(np.float16), offsets.astype(np.float16)
+    with np.errstate(over="ignore"):  # one that is infinite then errs more than that of the range
+        return scales.astype(np.float16), offsets.astype(np.float16)
 
 
 def _errors(x: _Floats, top: int, scales: NDArray[np.float16], offsets: NDArray[np.float16] | None) -> _Floats:
@@ -371,6 +392,8 @@ def _transposed(x: _Floats) -> _Floats:
 
 def _check_samples(q: NDArray[Any], k: NDArray[Any]) -> None:
     for name, samples in (("q", q), ("k", k)):
+        if samples.dtype not in (*DTYPES, np.dtype(np.float64)):
+            raise TypeError(f"{name} must be floating point, got {samples.dtype}")
         if samples.ndim != 4 or not samples.size:
             raise ValueError(f"{name} must have shape (num_layers, tokens, heads, head_dim), got {samples.shape}")
         if not np.isfinite(np.float32(samples)).all():

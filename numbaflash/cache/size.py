@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
-import ml_dtypes
 import numpy as np
 
+from .arguments import storage_dtype
 from .layout import RingLayout, raw_layout
 from .page_format import BITS
 from .quantizers import Quantizer, quantizer_of
@@ -57,11 +57,11 @@ def layer_nbytes(
         quantizer: Of int8 and int4; None: "group". No channel scales are asked for.
 
     Raises:
-        ValueError: There is no such quantizer, or its group does not divide head_dim.
+        ValueError: There is no such dtype or quantizer, or its group does not divide head_dim.
     """
     size = layout.page_size
     if dtype not in BITS:
-        itemsize = np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
+        itemsize = storage_dtype(dtype).itemsize
         return LayerNbytes(2 * kv_heads * size * head_dim * itemsize, layout.slots, size)
     if not isinstance(quantizer, Quantizer):
         unit = np.ones((1, kv_heads, head_dim), np.float32) if (quantizer or "").startswith("awq") else None

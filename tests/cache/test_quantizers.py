@@ -198,3 +198,43 @@ def test_samples_that_are_not_finite_are_named():
 def test_channel_scales_that_cannot_be_are_refused(scales):
     with pytest.raises(ValueError, match="channel_scales must be"):
         AWQQuantizer(channel_scales=scales)
+
+
+def test_a_quantizers_scales_are_its_own():
+    given = np.ones((1, 2, 64), np.float32)
+    quantizer, twin = AWQQuantizer(channel_scales=given), AWQQuantizer(channel_scales=given)
+    assert (quantizer, hash(quantizer)) == (twin, hash(twin))
+    given *= 2
+    assert quantizer == twin
+    assert quantizer != AWQQuantizer(channel_scales=given)
+    with pytest.raises(ValueError, match="read-only"):
+        quantizer.channel_scales[:] = 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"dtype": "float16"}, ValueError, "dtype must be int8 or int4, got 'float16'"),
+        ({"q": np.ones((1, 90, 2, 64), int)}, TypeError, "q must be floating point, got int64"),
+        ({"k": np.ones((1, 90, 2, 64), complex)}, TypeError, "k must be floating point, got complex128"),
+    ],
+    ids=str,
+)
+def test_a_search_names_what_it_cannot_take(wrong, error, message):
+    samples = {name: np.ones((1, 90, 2, 64), np.float32) for name in "qk"}
+    with pytest.raises(error, match=message):
+        AWQQuantizer.search(**{**samples, **wrong})
+
+
+def test_a_group_size_is_an_int():
+    with pytest.raises(ValueError, match=r"group_size must be 32, 64, 128 or None, got 32\.0"):
+        GroupQuantizer(32.0)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("keys", ["channel", "token"])
+def test_the_largest_numbers_of_float16_are_fitted_without_a_warning(dtype, keys):
+    largest = np.full(PAGE, 65504, np.float16)
+    largest[:, ::2] *= -1
+    for seen in round_trip(HQQQuantizer(symmetric=True, keys=keys), largest, largest, dtype):
+        assert np.isfinite(seen).all()
