@@ -12,7 +12,7 @@ from .codes import SHIFTS_ROW, add_shifts, is_quantized, score_quantized, weigh_
 from .decode_items import MAX_ROWS, SPLIT_KEYS, untaken_keys
 from .emit import FLOAT32
 from .functions import LOG2E, exp2
-from .jit import native
+from .jit import native, piece
 from .kv import TILE_KEYS
 from .micro import ROWS_TOGETHER, score_keys, weigh_values
 from .panel import is_finite, query_at, query_factor, query_head, query_position
@@ -58,7 +58,7 @@ DECODE_SCRATCH = _SHIFTS + MAX_ROWS * SHIFTS_ROW
 _SHARED_TILE_KEYS, _SHARED_AHEAD_KEYS = 32, 4
 
 
-@native
+@piece
 def attend_item(task, task_address, item, scratch):
     """Leave O (not divided by l), m and l in scratch memory, `padded_rows` for each head."""
     _load_query_rows(task, item, scratch + _QUERIES)
@@ -98,7 +98,7 @@ def _load_query_rows(task, item, queries):
         clear(first + item.rows * key_row, (item.padded_rows - item.rows) * key_row)
 
 
-@native
+@piece
 def _score(task, item, scratch):
     """Scores of all keys, all rows; -inf where there is no token, and to a whole vector."""
     scores, queries, tile = scratch + _SCORES, scratch + _QUERIES, scratch + _TILE
@@ -217,7 +217,7 @@ def _softmax_row(scores, count):
     return m, horizontal_sum(total)
 
 
-@native
+@piece
 def _weigh(task, task_address, item, scratch, exact):
     """O += P V over the keys; with `exact`, a weight of 0 takes nothing from a NaN or an infinity."""
     weights, out, tile, shifts = scratch + _SCORES, scratch + OUT, scratch + _TILE, scratch + _SHIFTS

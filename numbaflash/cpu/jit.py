@@ -10,11 +10,15 @@ from typing import Any
 from numba import njit
 from numba.core.caching import FunctionCache
 
-__all__ = ["kernel", "native"]
+__all__ = ["kernel", "native", "piece"]
 
 # A part of a kernel. Only compiled code calls it: wrappers for Python and C would take a fifth more time to compile.
 _PART: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 native: Any = njit(**_PART)
+
+# A large part with one caller, which it becomes a piece of before types are inferred. Numba would compile it by itself,
+# and all that it calls once more with its caller.
+piece: Any = njit(inline="always", **_PART)
 
 
 def kernel(function: Callable[..., int | None]) -> Any:

@@ -10,7 +10,7 @@ row's arithmetic is its lane's, and a tile in which a row sees nothing leaves it
 from __future__ import annotations
 
 from ..problem import MAX_HEAD_DIM
-from .jit import kernel, native
+from .jit import kernel, piece
 from .kv import TILE_BYTES, TILE_KEYS, load_tile, next_tile, prefetch_tile, tiles_end
 from .panel import PANEL_BYTES, PANEL_ROWS, is_finite, load_queries, panel_of, query_rows, weigh_panel, write_panel
 from .rows import VECTOR_BYTES, clear, padded
@@ -60,7 +60,7 @@ def prefill(task_address, scratch):
         report_item(task_address)
 
 
-@native
+@piece
 def attend_rows(task, sequence, kv_head, begin, end, scratch, exact):
     """Compute the outputs of rows `begin` to `end`; False, and nothing written, if they are not finite nor `exact`."""
     run = load_int(task.bounds + 8 * sequence)
@@ -95,7 +95,7 @@ def attend_rows(task, sequence, kv_head, begin, end, scratch, exact):
     return True
 
 
-@native
+@piece
 def attend_tile(task, panel, r, tile, scratch, exact):
     """Let a panel, whose m and l are at offset r, attend to a K/V tile."""
     scores, factors = scratch + _SCORES, scratch + _FACTORS
