@@ -115,7 +115,17 @@ class _Batch:
 
     def write(self, fresh: Any) -> None:
         """Append the tokens, with what `rings.reserve` returned, and the pages that they fill; it cannot fail."""
-        self.rings.write(fresh)
+        length = self._layers[0].length
+        try:
+            self.rings.write(fresh)
+            self._place_codes()
+        except BaseException:  # Ctrl-C: tokens that the rings hold must have their codes
+            if self._layers[0].length != length:
+                self._place_codes()
+            raise
+
+    def _place_codes(self) -> None:
+        """Put the pages that the tokens fill in their slots, once the rings hold those; again does no harm."""
         for n, filled in self._filled.items():
             self._layers[n].place(filled)
         for layer in self._layers:

@@ -109,12 +109,16 @@ class PageTable:
         return self._pages[slot]
 
     def __setitem__(self, slot: int, page: int) -> None:
-        """Put a page there, which now belongs to the table, and give back the one before."""
+        """Put a page there, which now belongs to the table, and give back the one before.
+
+        In this order Ctrl-C may come in between: a page is lost then until the pool goes, and none is used that is not
+        the table's. The same page may be put there again.
+        """
         before = self._pages[slot]
-        if before is not None:
-            self.pool.release(before)
-        self._pages[slot] = page
         self.addresses[slot] = self.pool.address(page)
+        self._pages[slot] = page
+        if before is not None and before != page:
+            self.pool.release(before)
 
     def content(self, slot: int) -> NDArray[Any]:
         """Return the page of a slot that has one."""

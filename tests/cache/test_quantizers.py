@@ -218,7 +218,7 @@ def test_a_quantizers_scales_are_its_own():
         ({"q": np.ones((1, 90, 2, 64), int)}, TypeError, "q must be floating point, got int64"),
         ({"k": np.ones((1, 90, 2, 64), complex)}, TypeError, "k must be floating point, got complex128"),
     ],
-    ids=str,
+    ids=["dtype", "q", "k"],
 )
 def test_a_search_names_what_it_cannot_take(wrong, error, message):
     samples = {name: np.ones((1, 90, 2, 64), np.float32) for name in "qk"}
