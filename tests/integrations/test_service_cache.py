@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -222,6 +223,18 @@ def test_tokens_are_taken_back_from_all_sequences_where_the_service_fails_for_th
             go_on(llama, cache, ids, mask)
         assert cache.get_seq_length() == 35
         assert torch.equal(*(go_on(llama, each, ids, mask) for each in (cache, plain)))
+
+
+def test_copies_of_a_cache_share_its_prompt(llama: Any, target: str) -> None:
+    ids, mask = three_sequences(padded=True)
+    with Client(target) as client:
+        cache, plain = ServiceCache(client), RingCache(256)
+        for each in (cache, plain):
+            go_on(llama, each, ids[:, :38], mask[:, :38])
+        twin = copy.deepcopy(cache)
+        assert len(client.list_sessions()) == 6
+        expected = go_on(llama, plain, ids, mask)
+        assert all(torch.equal(go_on(llama, each, ids, mask), expected) for each in (twin, cache))
 
 
 def made_by(kind: str, client: Client) -> tuple[Any, Any]:
