@@ -100,18 +100,23 @@ class DeviceQuantizedLayer(QuantizedLayer, DeviceLayer):
         self._fresh = dict(zip(slots, pool.acquire(len(slots), queue.stream), strict=True))
 
     def commit(self, tokens: int) -> None:
-        """The tokens are there, and the pages of codes go to their slots."""
-        super().commit(tokens)
-        pool = self.table.pool
-        for slot, page in self._fresh.items():
-            if before := self.table[slot]:
-                pool.release(before)
-            self.table[slot] = page
-        staying = self._staying()
-        for number, address in zip(staying, self._addresses(staying.start), strict=True):
-            pool.device.copy(self.table[self.slot_of(number)], address, pool.page_nbytes, self._stream)
+        """The pages of codes go to their slots, and the tokens are there.
+
+        What is lost is noted first, and the length comes last: Ctrl-C in between leaves the layer as short as it was.
+        """
+        pool, fresh, staying, placed = self.table.pool, self._fresh, self._staying(), self._placed
+        addresses = self._addresses(staying.start)
         self._forget()
-        self.overwritten_by_codes()
+        self._intact = max(self._intact, self.length + tokens - self.layout.ring_tokens)
+        for slot, page in fresh.items():
+            before = self.table[slot]
+            self.table[slot] = page
+            if before:
+                pool.release(before)
+        for number, address in zip(staying, addresses, strict=True):
+            pool.device.copy(self.table[self.slot_of(number)], address, pool.page_nbytes, self._stream)
+        del placed  # the addresses are in it
+        super().commit(tokens)
 
     def discard(self) -> None:
         """They are not: the pages go back."""

@@ -97,13 +97,13 @@ class DeviceRing:
         self.intact = max(self.intact, self.length + tokens - self._layout.ring_tokens)
 
     def commit(self, tokens: int) -> None:
-        """The tokens that `prepare` was told of are there."""
-        for change in self._changes:
-            if change.old:
-                self.pool.release(change.old)
-        self._changes = []
+        """The tokens that `prepare` was told of are there; Ctrl-C in between loses pages until the pool goes."""
+        changes, self._changes = self._changes, []
         self.overwrite(tokens)
         self.length += tokens
+        for change in changes:
+            if change.old:
+                self.pool.release(change.old)
 
     def discard(self) -> None:
         """They are not: the ring is as before `prepare`."""
