@@ -29,9 +29,11 @@ def as_numpy(array: Any, name: str) -> NDArray[Any]:
         TypeError: It is no array, or one that is more than its elements in memory.
         ValueError: It lives on another device, or is part of an autograd graph.
     """
+    if type(array) is np.ndarray:
+        return array  # at once, for steps come here several times
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} must have no mask of its own, got a masked array: pass its data, and a bias")
     if isinstance(array, np.ndarray):
-        if isinstance(array, np.ma.MaskedArray):
-            raise TypeError(f"{name} must have no mask of its own, got a masked array: pass its data, and a bias")
         return array
     if _is_torch(array):
         return _torch_as_numpy(array, name)
