@@ -17,6 +17,7 @@ from google.rpc import status_pb2
 from numpy.typing import NDArray
 
 from numbaflash.arrays import as_numpy, like
+from numbaflash.cache.arguments import int_in
 from numbaflash.problem import check_dtype
 
 from . import wire
@@ -226,12 +227,12 @@ class Session:
             timeout: Seconds, all attempts together; None: the client's.
 
         Raises:
+            TypeError: `length` is no int.
             ValueError: A layer is shorter, or its window would have holes; nothing has changed.
             SessionLostError: The session has ended; the error says why.
             ServiceError: The call failed otherwise. Calling again is safe.
         """
-        if length < 0:
-            raise ValueError(f"length must be 0 or more, got {length}")
+        length = int_in("length", length, 0)
         self._surviving(lambda: self._truncate(length, timeout))
 
     def _truncate(self, length: int, timeout: float | None) -> None:
@@ -344,12 +345,10 @@ class Session:
     # -- messages ----------------------------------------------------------------------------------------------------
 
     def _checked(self, layer: int) -> int:
-        if not 0 <= layer < self.num_layers:
-            raise ValueError(f"layer must be 0 to {self.num_layers - 1}, got {layer}")
-        return layer
+        return int_in("layer", layer, 0, self.num_layers - 1)
 
     def _advance(self, layer: int, tensors: dict[str, Any], options: _Options, timeout: float | None) -> Any:
-        self._checked(layer)
+        layer = self._checked(layer)
         arrays = {name: as_numpy(tensor, name) for name, tensor in tensors.items()}
         check_dtype(**arrays)
         for name, array in arrays.items():

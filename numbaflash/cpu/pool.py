@@ -7,10 +7,12 @@ progress by its own thread.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
 import threading
+import time
 from queue import SimpleQueue
 from typing import Any
 
@@ -61,9 +63,10 @@ def _complete(kernel: Any, task_address: int, scratch: int, *, alone: bool) -> N
     interrupt = None
     while True:
         try:
-            kernel(task_address, scratch)
-            if not alone:
-                _await_items(task_address)
+            with _exit:
+                kernel(task_address, scratch)
+                if not alone:
+                    _await_items(task_address)
             break
         except KeyboardInterrupt as error:
             interrupt = error
@@ -82,6 +85,38 @@ def _await_items(task_address):
             pause()
         else:
             _usleep(_NAP_MICROSECONDS)
+
+
+class _Exit:
+    """The interpreter's exit, which unmaps what is compiled: it waits for kernels that daemon threads run.
+
+    As a context manager, what a kernel runs in: in such a thread none begins then.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running = 0
+        self._begun = False
+
+    def __enter__(self) -> None:
+        if threading.current_thread().daemon:  # others have ended before, and this one, if it is the main thread, waits
+            self._count(1)
+            if self._begun:
+                self._count(-1)
+                threading.Event().wait()  # for good: the thread ends with the process
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread().daemon:
+            self._count(-1)
+
+    def begin(self) -> None:
+        self._begun = True
+        while self._running:
+            time.sleep(0.001)
+
+    def _count(self, more: int) -> None:
+        with self._lock:
+            self._running += more
 
 
 _Job = tuple[Any, Task, int, tuple[Any, ...]]
@@ -131,11 +166,13 @@ class _Helpers:
     def _work(self) -> None:
         while True:
             kernel, task, scratch_bytes, keep_alive = self._jobs.get()
-            kernel(task.address, _scratch(scratch_bytes))
+            with _exit:
+                kernel(task.address, _scratch(scratch_bytes))
             del kernel, task, keep_alive
 
 
 _helpers = _Helpers()
+_exit = _Exit()
 _memory = threading.local()
 
 
@@ -149,10 +186,11 @@ def _scratch(nbytes: int) -> int:
     return address
 
 
-def _forget_helpers() -> None:
+def _forget_threads() -> None:
     """A forked child has none of its parent's threads."""
-    global _helpers
-    _helpers = _Helpers()
+    global _helpers, _exit
+    _helpers, _exit = _Helpers(), _Exit()
 
 
-os.register_at_fork(after_in_child=_forget_helpers)
+os.register_at_fork(after_in_child=_forget_threads)
+atexit.register(lambda: _exit.begin())

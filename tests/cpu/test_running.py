@@ -84,6 +84,29 @@ os._exit(0)
     assert done.stdout == "both"
 
 
+def test_the_interpreter_exits_while_daemon_threads_compute() -> None:
+    code = """
+import threading
+import numpy as np
+import numbaflash
+
+q = np.ones((1, 2000, 4, 64), np.float32)
+computing = threading.Event()
+
+def compute():
+    while True:
+        numbaflash.attention(q, q, q)
+        computing.set()
+
+for _ in range(3):
+    threading.Thread(target=compute, daemon=True).start()
+computing.wait()
+"""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_an_interrupt_waits_until_all_items_are_done() -> None:
     task = Task(items=3)
     calls = 0

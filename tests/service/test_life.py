@@ -92,6 +92,20 @@ def test_a_length_that_cannot_be_is_refused_and_changes_nothing(client: Client, 
     step_both(forms, 0, qkv(1))
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("layer", 2), ("layer", -1), ("layer", True), ("length", -1), ("length", 1.0)]
+)
+def test_numbers_are_refused_as_by_a_cache(client: Client, qkv: Any, name: str, wrong: object) -> None:
+    refusals = []
+    for form in pair(client):
+        form.step(0, **qkv(1))
+        with pytest.raises((TypeError, ValueError), match=f"{name} must be") as caught:
+            form.truncate(wrong) if name == "length" else form.length(wrong)
+        refusals.append((caught.type, str(caught.value)))
+        assert form.length(0) == 1
+    assert refusals[0] == refusals[1]
+
+
 def test_a_truncation_sent_again_is_answered_again_and_takes_nothing_more(
     stock: Any, qkv: Any, step_request: Any
 ) -> None:
