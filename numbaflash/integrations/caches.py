@@ -273,8 +273,8 @@ class StepCache(Cache, abc.ABC):
         self._settle()
         self._rings = self._select(indices.tolist())
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002  # the same for all
-        """Return the tokens that every layer has seen, padding included: the position of the next one."""
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002  # transformers asks with it
+        """Return the tokens that all layers have seen, whichever is asked for, padding included."""
         return min(self._seen, default=0)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
@@ -285,7 +285,7 @@ class StepCache(Cache, abc.ABC):
         """Return the position of the next token."""
         return self.get_seq_length(layer_idx)
 
-    def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002  # the same for all
+    def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002  # transformers asks with it
         """Return -1: a sequence may grow without end, the ring forgets."""
         return -1
 

@@ -78,11 +78,13 @@ def _refuse_backward(_context: Any, *_gradients: Any) -> Any:
     )
 
 
-_NO_DERIVATIVE = "numbaflash has no forward-mode derivative: call it outside of torch.func.jvp and dual_level"
-
-
 torch.library.register_autograd("numbaflash::attention", _refuse_backward, lib=_LIBRARY)
 _operator = torch.ops.numbaflash.attention.default
+
+
+def _differentiates_forward() -> bool:
+    """Whether forward-mode differentiation is on; PyTorch has no public word for it."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def attention(
@@ -118,8 +120,11 @@ def attention(
             raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}")
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} must have q's dtype {q.dtype}, got {tensor.dtype}")
-    if torch.autograd.forward_ad._current_level >= 0:
-        raise NotImplementedError(_NO_DERIVATIVE)
+    if _differentiates_forward():
+        # PyTorch would take the derivative of an operator that has none for 0.
+        raise NotImplementedError(
+            "numbaflash has no forward-mode derivative: call it outside of torch.func.jvp and dual_level"
+        )
     out, lse = _operator(
         q, k, v, scale, causal, *check_window(window), softcap, bias, alibi_slopes, sink_logits, kv_lengths, algorithm
     )
@@ -255,7 +260,7 @@ def _why_not(
     """Why numbaflash cannot serve a call, or None; calls that PyTorch rejects are left to it, too."""
     if dropout_p:
         return "dropout_p is not 0"
-    if torch.autograd.forward_ad._current_level >= 0:
+    if _differentiates_forward():
         return "forward-mode differentiation is on, and there is no derivative"
     for tensor in (query, key, value) if attn_mask is None else (query, key, value, attn_mask):
         if tensor.requires_grad and torch.is_grad_enabled():

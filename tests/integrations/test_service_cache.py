@@ -240,7 +240,7 @@ def test_copies_of_a_cache_share_its_prompt(llama: Any, target: str) -> None:
 def made_by(kind: str, client: Client) -> tuple[Any, Any]:
     """Two caches of a kind, of 12 tokens, any 4 of which can be taken back."""
     if kind == "service":
-        return tuple(ServiceCache(client, capacity=12, rollback=4) for _ in range(2))  # type: ignore[return-value]
+        return ServiceCache(client, capacity=12, rollback=4), ServiceCache(client, capacity=12, rollback=4)
     return RingCache(12, rollback=4), RingCache(12, rollback=4)
 
 
