@@ -2,8 +2,9 @@
 
 An element is scale * code + offset. No element is computed in decode: where a channel has one scale and one offset
 for the page, they go into the query; where a group of a token has its own, the scale goes to its part of the score, or
-into its weight, and the offset is added to the score, or to the output, once. So K and V cost one conversion and one
-multiply-add an element, as in 16 bits.
+into its weight, and the offset is added to the score, or to the output, once. What is left is products with codes,
+which are whole numbers: queries and weights become whole numbers too (`words.py`), and all is summed exactly
+(`micro_codes.py`).
 """
 
 from __future__ import annotations
@@ -13,58 +14,61 @@ import numpy as np
 from ..problem import MAX_HEAD_DIM
 from .jit import native
 from .micro import ROWS_TOGETHER
-from .micro_codes import (
-    BLOCK,
-    ROWS_PER_WEIGHT,
-    load_codes,
-    load_high_codes,
-    load_low_codes,
-    score_codes,
-    score_scaled_codes,
-    weigh_codes,
-)
-from .rows import VECTOR_BYTES
+from .micro_codes import BLOCK, ROWS_PER_WEIGHT, score_codes, weigh_codes, words_of_codes
+from .rows import VECTOR_BYTES, clear
 from .runs import K_HEAD_STRIDE, K_TOKEN_STRIDE, START, V_HEAD_STRIDE, V_TOKEN_STRIDE
 from .vector import (
     LANES,
     add,
     fma,
     horizontal_sum,
-    lane_numbers,
-    less,
     load,
+    load_float,
     load_float16,
     load_int,
-    load_one_float16,
     mul,
     prefetch,
     splat,
     store,
-    where,
+    store_float,
 )
 from .walk import key_at, run_field, value_at
+from .words import (
+    FACTOR,
+    LACK,
+    MAX_PAGE,
+    REST_UNIT,
+    ROUNDED_ROW,
+    SHIFT,
+    WORDS_ROW,
+    has_rests,
+    round_queries,
+    round_weights,
+)
 
 __all__ = [
     "CODES_SCRATCH",
     "SHIFTS_ROW",
     "add_shifts",
     "is_quantized",
+    "key_parameters",
+    "offsets_of",
     "score_quantized",
-    "unpack_tokens",
+    "value_parameters",
     "weigh_quantized",
 ]
 
-_MAX_PAGE = 256  # tokens
 _MAX_GROUPS = MAX_HEAD_DIM // BLOCK
-_TOKENS_ROW = 4 * (_MAX_PAGE + LANES)  # a float32 for each token of a page; loops overrun by a vector
+_TOKENS_ROW = 4 * (MAX_PAGE + LANES)  # a float32 for each token of a page; loops overrun by a vector
+_ROWS = 2 * ROWS_TOGETHER  # of words: as many rows, and their rests
 
 # Where things lie in scratch memory.
-_QUERIES = 0
-_STARTS = _QUERIES + 4 * ROWS_TOGETHER * MAX_HEAD_DIM
-_SCALES = _STARTS + ROWS_TOGETHER * VECTOR_BYTES
+_SCALES = 0
 _OFFSETS = _SCALES + _MAX_GROUPS * _TOKENS_ROW
-_WEIGHTS = _OFFSETS + _MAX_GROUPS * _TOKENS_ROW
-CODES_SCRATCH = _WEIGHTS + ROWS_PER_WEIGHT * _TOKENS_ROW
+_WORDS = _OFFSETS + _MAX_GROUPS * _TOKENS_ROW
+_SUMS = _WORDS + _ROWS * WORDS_ROW
+_ROUNDED = _SUMS + ROWS_TOGETHER * _TOKENS_ROW
+CODES_SCRATCH = _ROUNDED + ROWS_TOGETHER * ROUNDED_ROW
 
 # What a row's values have as offsets so far: a vector for each group, whose lanes are to be summed.
 SHIFTS_ROW = _MAX_GROUPS * VECTOR_BYTES
@@ -77,21 +81,21 @@ def is_quantized(task, run):
 
 
 @native
-def _key_parameters(task, run, kv_head, position):
+def key_parameters(task, run, kv_head, position):
     """Address of the scales of a run's keys; those of tokens begin at `position`."""
     at = load_int(task.codes + 16 * run) + kv_head * run_field(task, run, K_HEAD_STRIDE)
     return at if task.key_group == 0 else at + 2 * (position - run_field(task, run, START))
 
 
 @native
-def _value_parameters(task, run, kv_head, position):
+def value_parameters(task, run, kv_head, position):
     """Address of the scales of a run's values from `position` on."""
     at = load_int(task.codes + 16 * run + 8) + kv_head * run_field(task, run, V_HEAD_STRIDE)
     return at + 2 * (position - run_field(task, run, START))
 
 
 @native
-def _offsets(task, scales, scales_at, offsets_at):
+def offsets_of(task, scales, scales_at, offsets_at):
     """A vector of offsets, which are stored or, where codes are symmetric, follow from the scales."""
     if task.symmetric != 0:
         return mul(scales, splat(np.float32(-8.0 if task.code_bits == 4 else -128.0)))
@@ -108,7 +112,7 @@ def _widen_parameters(task, parameters, groups, between, count, ahead, scales, o
             prefetch(at + groups * between + ahead)
             scale = load_float16(at)
             store(scales + group * _TOKENS_ROW + 4 * i, scale)
-            store(offsets + group * _TOKENS_ROW + 4 * i, _offsets(task, scale, at, groups * between))
+            store(offsets + group * _TOKENS_ROW + 4 * i, offsets_of(task, scale, at, groups * between))
 
 
 # ---- keys -------------------------------------------------------------------------------------------------------
@@ -133,94 +137,68 @@ def score_quantized(task, run, kv_head, position, count, ahead, rows, queries, q
         scratch: CODES_SCRATCH bytes.
     """
     stride = run_field(task, run, K_TOKEN_STRIDE)
-    keys, parameters = key_at(task, run, kv_head, position), _key_parameters(task, run, kv_head, position)
+    keys, parameters = key_at(task, run, kv_head, position), key_parameters(task, run, kv_head, position)
     scales, offsets = scratch + _SCALES, scratch + _OFFSETS
-    blocks = task.head_dim // BLOCK
     by_channel = task.key_group == 0
+    groups = 1 if by_channel else task.head_dim // task.key_group
+    elements = task.head_dim // groups
     if by_channel:
-        groups, group_shift = 0, 0
         _widen_parameters(task, parameters, 1, 2 * task.head_dim, task.head_dim, ahead, scales, offsets)
     else:
-        groups, group_shift = task.head_dim // task.key_group, _log2(task.key_group // BLOCK)
         _widen_parameters(task, parameters, groups, 2 * task.page_size, count, ahead, scales, offsets)
+    words, sums, rounded = scratch + _WORDS, scratch + _SUMS, scratch + _ROUNDED
+    in_row, parts = words_of_codes(elements, task.code_bits), 2 if has_rests(task) else 1
+    if in_row > elements:
+        clear(words, _ROWS * WORDS_ROW)
     r = 0
     while r < rows:
-        together = min(rows - r, ROWS_TOGETHER)
-        q, to = queries + r * query_row, scores + r * row
-        if by_channel:
-            q = scratch + _QUERIES
+        together = min(rows - r, ROWS_TOGETHER // parts)
+        for group in range(groups):
+            code, first = keys + group * elements * task.code_bits // 8, queries + r * query_row + 4 * group * elements
+            round_queries(task, together, elements, first, query_row, scales, offsets, words, rounded)
+            both = together * parts
+            score_codes(task.code_bits, both, code, stride, count, ahead, words, WORDS_ROW, in_row, sums, _TOKENS_ROW)
+            rests = (both - together) * _TOKENS_ROW
             for i in range(together):
-                query, start = queries + (r + i) * query_row, scratch + _STARTS + i * VECTOR_BYTES
-                _scale_query(task.head_dim, query, scales, offsets, q + i * query_row, start)
-        for n in range(0, count, LANES // together):
-            at, last = keys + n * stride, count - 1 - n
-            if by_channel:
-                start = scratch + _STARTS
-                score_codes(
-                    task.code_bits, together, at, stride, last, ahead, q, query_row, blocks, start, to + 4 * n, row
-                )
-            else:
-                score_scaled_codes(
-                    task.code_bits,
-                    together,
-                    at,
-                    stride,
-                    last,
-                    ahead,
-                    q,
-                    query_row,
-                    blocks,
-                    scales + 4 * n,
-                    _TOKENS_ROW,
-                    group_shift,
-                    to + 4 * n,
-                    row,
-                )
-        for i in range(0 if by_channel else together):
-            _shift_by_groups(task, q + i * query_row, groups, count, offsets, to + i * row)
+                own, term, to = sums + i * _TOKENS_ROW, rounded + i * ROUNDED_ROW, scores + (r + i) * row
+                if by_channel:
+                    _finish_scores(count, own, rests, term, to)
+                else:
+                    below = group * _TOKENS_ROW
+                    _finish_scores_of_group(count, own, rests, term, scales + below, offsets + below, group == 0, to)
         r += together
 
 
 @native
-def _scale_query(head_dim, query, scales, offsets, target, start):
-    """Write a query times its channels' scales, and its product with their offsets: a vector, whose lanes sum to it."""
-    total = splat(np.float32(0))
-    for at in range(0, 4 * head_dim, VECTOR_BYTES):
-        q = load(query + at)
-        store(target + at, mul(q, load(scales + at)))
-        total = fma(q, load(offsets + at), total)
-    store(start, total)
+def _whole_sums(sums, rests, term):
+    """A vector of sums of words, and what they lack: sums of the rests, `rests` bytes further, or a middle code's."""
+    lack = splat(load_float(term + LACK)) if rests == 0 else mul(load(sums + rests), splat(REST_UNIT))
+    return add(load(sums), lack)
 
 
 @native
-def _shift_by_groups(task, query, groups, count, offsets, scores):
-    """Add to each token's score, for each of its groups, the offset times the sum of the group's part of the query."""
-    for group in range(groups):
-        total = splat(np.float32(0))
-        first = query + 4 * group * task.key_group
-        for at in range(first, first + 4 * task.key_group, VECTOR_BYTES):
-            total = add(total, load(at))
-        part = splat(horizontal_sum(total))
-        for i in range(0, 4 * count, VECTOR_BYTES):
-            store(scores + i, fma(part, load(offsets + group * _TOKENS_ROW + i), load(scores + i)))
+def _finish_scores(count, sums, rests, term, scores):
+    """Turn sums of words into scores, where channels have scales."""
+    factor, shift = splat(load_float(term + FACTOR)), splat(load_float(term + SHIFT))
+    for i in range(0, 4 * count, VECTOR_BYTES):
+        store(scores + i, fma(_whole_sums(sums + i, rests, term), factor, shift))
 
 
 @native
-def _log2(n):
-    shift = 0
-    while n > 1:
-        n //= 2
-        shift += 1
-    return shift
+def _finish_scores_of_group(count, sums, rests, term, scales, offsets, is_first, scores):
+    """Turn sums of words into a group's part of the scores, where tokens have scales; the first sets, others add."""
+    factor, shift = splat(load_float(term + FACTOR)), splat(load_float(term + SHIFT))
+    for i in range(0, 4 * count, VECTOR_BYTES):
+        product = mul(_whole_sums(sums + i, rests, term), factor)
+        score = fma(product, load(scales + i), mul(shift, load(offsets + i)))
+        store(scores + i, score if is_first else add(score, load(scores + i)))
 
 
 # ---- values -----------------------------------------------------------------------------------------------------
 
 
 @native
-def weigh_quantized(
-    task, run, kv_head, position, count, ahead, rows, exact, weights, row, out, out_row, shifts, scratch
-):
+def weigh_quantized(task, run, kv_head, position, count, ahead, rows, weights, row, out, out_row, shifts, scratch):
     """Add the `count` values of a quantized run from `position` on, times their weights, to `rows` outputs.
 
     What their offsets add goes to `shifts`, SHIFTS_ROW bytes a row, for `add_shifts` to add once for many runs. Codes
@@ -228,35 +206,44 @@ def weigh_quantized(
     `score_quantized`.
     """
     stride = run_field(task, run, V_TOKEN_STRIDE)
-    values, parameters = value_at(task, run, kv_head, position), _value_parameters(task, run, kv_head, position)
+    values, parameters = value_at(task, run, kv_head, position), value_parameters(task, run, kv_head, position)
     groups, group_bytes = task.value_dim // task.value_group, task.value_group * task.code_bits // 8
     blocks = task.value_group // BLOCK
-    scales, offsets, scaled = scratch + _SCALES, scratch + _OFFSETS, scratch + _WEIGHTS
+    scales, offsets = scratch + _SCALES, scratch + _OFFSETS
+    words, factors, bits = scratch + _WORDS, scratch + _ROUNDED + FACTOR, task.code_bits
     _widen_parameters(task, parameters, groups, 2 * task.page_size, count, ahead, scales, offsets)
     r = 0
     while r < rows:
-        together = 1 if exact else min(rows - r, ROWS_PER_WEIGHT)
+        together = min(rows - r, ROWS_PER_WEIGHT)
         for group in range(groups):
-            below = group * _TOKENS_ROW
-            for i in range(together):
-                shift = shifts + (r + i) * SHIFTS_ROW + group * VECTOR_BYTES
-                to = scaled + i * _TOKENS_ROW
-                _scale_weights(weights + (r + i) * row, scales + below, offsets + below, count, to, shift)
+            below, shift = group * _TOKENS_ROW, shifts + r * SHIFTS_ROW + group * VECTOR_BYTES
+            own = weights + r * row
+            round_weights(
+                task,
+                together,
+                count,
+                own,
+                row,
+                scales + below,
+                offsets + below,
+                words,
+                shift,
+                SHIFTS_ROW,
+                scratch + _ROUNDED,
+            )
             v, to = values + group * group_bytes, out + r * out_row + 4 * group * task.value_group
-            weigh_codes(task.code_bits, together, v, stride, ahead, scaled, _TOKENS_ROW, count, to, out_row, blocks)
+            weigh_codes(
+                bits, together, v, stride, ahead, words, WORDS_ROW, count, factors, ROUNDED_ROW, to, out_row, blocks
+            )
+            if has_rests(task):
+                rests = words + together * WORDS_ROW
+                for i in range(together):
+                    at = factors + i * ROUNDED_ROW
+                    store_float(at, load_float(at) * REST_UNIT)
+                weigh_codes(
+                    bits, together, v, stride, 0, rests, WORDS_ROW, count, factors, ROUNDED_ROW, to, out_row, blocks
+                )
         r += together
-
-
-@native
-def _scale_weights(weights, scales, offsets, count, target, shift):
-    """Write weights times scales, and add weights times offsets to the lanes of the vector at `shift`."""
-    total = load(shift)
-    for i in range(0, count, LANES):
-        weight = load(weights + 4 * i)
-        store(target + 4 * i, mul(weight, load(scales + 4 * i)))
-        more = fma(weight, load(offsets + 4 * i), total)
-        total = where(less(lane_numbers(), splat(np.float32(count - i))), more, total)
-    store(shift, total)
 
 
 @native
@@ -269,62 +256,3 @@ def add_shifts(task, rows, shifts, out, out_row):
             first = out + r * out_row + group * group_bytes
             for at in range(first, first + group_bytes, VECTOR_BYTES):
                 store(at, add(load(at), shift))
-
-
-# ---- prefill ----------------------------------------------------------------------------------------------------
-
-
-@native
-def unpack_tokens(task, run, kv_head, position, count, keys, k_row, values, v_row):
-    """Write `count` keys and values of a quantized run from `position` on as float32 rows."""
-    k, k_stride = key_at(task, run, kv_head, position), run_field(task, run, K_TOKEN_STRIDE)
-    v, v_stride = value_at(task, run, kv_head, position), run_field(task, run, V_TOKEN_STRIDE)
-    k_parameters = _key_parameters(task, run, kv_head, position)
-    v_parameters = _value_parameters(task, run, kv_head, position)
-    for n in range(count):
-        if task.key_group == 0:
-            _unpack_by_channels(task, k + n * k_stride, k_parameters, keys + n * k_row)
-        else:
-            _unpack_by_groups(
-                task, k + n * k_stride, k_parameters + 2 * n, task.key_group, task.head_dim, keys + n * k_row
-            )
-        _unpack_by_groups(
-            task, v + n * v_stride, v_parameters + 2 * n, task.value_group, task.value_dim, values + n * v_row
-        )
-
-
-@native
-def _unpack_by_channels(task, codes, scales, target):
-    for d in range(0, task.head_dim, LANES):
-        at = scales + 2 * d
-        scale = load_float16(at)
-        offset = _offsets(task, scale, at, 2 * task.head_dim)
-        store(target + 4 * d, fma(_codes_at(task, codes, d), scale, offset))
-
-
-@native
-def _unpack_by_groups(task, codes, scales, group_size, dim, target):
-    between = 2 * task.page_size
-    for group in range(dim // group_size):
-        at = scales + group * between
-        one = splat(load_one_float16(at))
-        offset = _offset_of_group(task, one, at + dim // group_size * between)
-        for d in range(group * group_size, (group + 1) * group_size, LANES):
-            store(target + 4 * d, fma(_codes_at(task, codes, d), one, offset))
-
-
-@native
-def _offset_of_group(task, scales, offset_at):
-    if task.symmetric != 0:
-        return mul(scales, splat(np.float32(-8.0 if task.code_bits == 4 else -128.0)))
-    return splat(load_one_float16(offset_at))
-
-
-@native
-def _codes_at(task, codes, element):
-    """The LANES codes of a row from `element` on."""
-    if task.code_bits == 8:
-        return load_codes(codes + element)
-    inside = element % BLOCK
-    at = codes + element // BLOCK * (BLOCK // 2) + inside % (BLOCK // 2)
-    return load_low_codes(at) if inside < BLOCK // 2 else load_high_codes(at)

@@ -248,7 +248,6 @@ def _weigh(task, task_address, item, scratch, exact):
                 high - low,
                 ahead,
                 rows,
-                exact,
                 weights + 4 * low,
                 _SCORE_ROW,
                 out,

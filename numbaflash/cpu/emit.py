@@ -52,7 +52,7 @@ def offset(builder: ir.IRBuilder, address: ir.Value, nbytes: int) -> ir.Value:
 
 def broadcast(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
     """A vector with `scalar` in each lane."""
-    undefined = ir.Constant(VECTOR, ir.Undefined)
+    undefined = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
     first = builder.insert_element(undefined, scalar, ir.Constant(I32, 0))
     return shuffle(builder, first, undefined, [0] * LANES)
 
@@ -132,10 +132,10 @@ def store_narrowed(builder: ir.IRBuilder, address: ir.Value, value: ir.Value, dt
         store_at(builder, address, narrow(builder, value, dtype), align=2)
 
 
-def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Bring a cache line closer; any address will do."""
+def prefetch(builder: ir.IRBuilder, address: ir.Value, level: int = 1) -> None:
+    """Bring a cache line closer, to the caches of this level and above; any address will do."""
     pointer = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    read, keep, data = ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)
+    read, keep, data = ir.Constant(I32, 0), ir.Constant(I32, 4 - level), ir.Constant(I32, 1)
     builder.call(function, [builder.inttoptr(address, pointer), read, keep, data])

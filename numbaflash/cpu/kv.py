@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..problem import MAX_HEAD_DIM
-from .codes import is_quantized, unpack_tokens
+from .codes import is_quantized
 from .emit import FLOAT32
 from .jit import native
 from .panel import query_position
 from .rows import CACHE_LINE, clear, padded, widen_row
 from .runs import K_TOKEN_STRIDE, START, V_TOKEN_STRIDE
+from .unpack import unpack_tokens
 from .vector import load_int, prefetch, store_float
 from .walk import key_at, run_end, run_field, runs_end, skip_runs, value_at
 

@@ -169,7 +169,8 @@ def _merged(builder: ir.IRBuilder, x: ir.Value, y: ir.Value, span: int) -> ir.Va
             [at + i for at in range(0, LANES, 4) for source in (0, LANES) for i in (source + p for p in picks)]
             for picks in (low, high)
         )
-    return builder.fadd(emit.shuffle(builder, x, y, low), emit.shuffle(builder, x, y, high))
+    halves = emit.shuffle(builder, x, y, low), emit.shuffle(builder, x, y, high)
+    return builder.fadd(*halves) if x.type == VECTOR else builder.add(*halves)
 
 
 def _merged_labels(x: list[int], y: list[int], span: int) -> list[int]:
@@ -181,7 +182,10 @@ def _merged_labels(x: list[int], y: list[int], span: int) -> list[int]:
 
 
 def horizontal_sums(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
-    """A vector whose lane i is the sum of the lanes of vectors[i]: a transposition that adds, log2(LANES) deep."""
+    """A vector whose lane i is the sum of the lanes of vectors[i]: a transposition that adds, log2(LANES) deep.
+
+    The vectors are all float32, or all 32-bit integers.
+    """
     order = _reduced_order([[i] for i in range(LANES)])
     level = [vectors[order.index(i)] for i in range(LANES)]
     span = LANES

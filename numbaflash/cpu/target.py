@@ -36,7 +36,7 @@ class Target:
 
 
 def _target_of(triple: str, features: frozenset[str]) -> Target:
-    if "avx512f" in features:
+    if "avx512bw" in features:
         return Target(16, 8, True, True, True, "avx512bf16" in features)
     if triple.startswith(("aarch64", "arm64")):
         return Target(4, 8, False, True, True, False)
