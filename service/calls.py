@@ -6,21 +6,20 @@ Everything here takes and returns wire bytes or heads; `client` knows what they 
 from __future__ import annotations
 
 import math
-import queue
 import random
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Final, TypeVar
 
 import grpc
 
 from .errors import BusyError, DrainingError, ServiceError, from_call
+from .streams import Metadata, Stream, open_stream
 
 T = TypeVar("T")
-Metadata: TypeAlias = tuple[tuple[str, str], ...]
 
 _WATCHDOG_SECONDS: Final = 0.05
 _CHANNEL_CLOSE_SECONDS: Final = 2.0
@@ -106,8 +105,7 @@ class Calls:
 
     def stream(self) -> StepStream:
         """Open an Attend stream."""
-        attend = self._channel.stream_stream(f"/{self._service}/Attend")
-        return StepStream(partial(attend, metadata=self._metadata))
+        return StepStream(partial(open_stream, self._channel, f"/{self._service}/Attend", self._metadata))
 
     def close(self) -> None:
         """Close the channel, and all calls with it.
@@ -123,10 +121,9 @@ class Calls:
 class StepStream:
     """An Attend stream that takes one step at a time, and opens anew after it broke."""
 
-    def __init__(self, method: Callable[..., Any]) -> None:
-        self._method = method
-        self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._call: Any = None
+    def __init__(self, open_stream: Callable[[], Stream]) -> None:
+        self._open = open_stream
+        self._stream: Stream | None = None
         self._deadline = math.inf
         self._overdue = False
 
@@ -136,18 +133,13 @@ class StepStream:
         Raises:
             ServiceError: The stream broke, or the time was over.
         """
-        if self._call is None:
-            self._requests = queue.SimpleQueue()
-            self._call = self._method(iter(self._requests.get, None))
+        if self._stream is None:
+            self._stream = self._open()
             _watchdog.watch(self)
         self._overdue = False
         self._deadline = time.monotonic() + timeout
-        self._requests.put(request)
         try:
-            return next(self._call)  # type: ignore[no-any-return]
-        except StopIteration:
-            self.close()
-            raise ServiceError("the server ended the stream", code=grpc.StatusCode.UNAVAILABLE) from None
+            answer = self._stream.exchange(request)
         except grpc.RpcError as error:
             self.close()
             if self._overdue:
@@ -161,20 +153,24 @@ class StepStream:
             raise
         finally:
             self._deadline = math.inf
+        if answer is None:
+            self.close()
+            raise ServiceError("the server ended the stream", code=grpc.StatusCode.UNAVAILABLE)
+        return answer
 
     def cancel_when_overdue(self) -> None:
         """Break off the step whose time is over; called by the watchdog."""
-        if self._call is not None and time.monotonic() >= self._deadline:
+        stream = self._stream
+        if stream is not None and time.monotonic() >= self._deadline:
             self._overdue = True
-            self._call.cancel()
+            stream.cancel()
 
     def close(self) -> None:
         """End the stream."""
-        if self._call is not None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
             _watchdog.forget(self)
-            self._requests.put(None)
-            self._call.cancel()
-            self._call = None
+            stream.close()
 
 
 class _Watchdog:

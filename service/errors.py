@@ -210,12 +210,17 @@ def from_status(status: status_pb2.Status) -> ServiceError:
     if cls is BadTensorError and request.field_violations:
         violation = request.field_violations[0]
         return BadTensorError(violation.field, violation.description, retry_after=retry_after)
-    code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
+    code = code_of(status.code)
     if code is grpc.StatusCode.UNAUTHENTICATED:
         return UnauthenticatedError(status.message)
     if cls is None or cls in (PositionMismatchError, BadTensorError):
         return ServiceError(status.message, code=code, retry_after=retry_after)
     return cls(status.message, retry_after=retry_after)
+
+
+def code_of(number: int) -> grpc.StatusCode:
+    """The status code of a number; UNKNOWN where it is nobody's."""
+    return _CODES.get(number, grpc.StatusCode.UNKNOWN)
 
 
 class FailedCall(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -177,14 +177,6 @@ def test_a_timeout_is_kept_and_the_step_can_be_called_again(server: Any, qkv: An
         assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
         session.step(0, **qkv(1))  # busy until the first one is taken back
         assert session.length(0) == 2
-
-
-@pytest.fixture
-def heeds_ctrl_c() -> Iterator[None]:
-    """A shell that runs the tests in the background has SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("heeds_ctrl_c")
