@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -131,6 +134,25 @@ def test_ctrl_c_at_any_moment_leaves_a_stream_that_can_be_closed(kind: Callable[
             user.join()
             stream.close()
     assert broken_off == 40
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries keep freed memory by rules of their own")
+def test_a_client_uses_the_memory_of_one_message_for_the_next() -> None:
+    program = """
+import resource
+from numbaflash_service.calls import keep_freed_memory
+keep_freed_memory()
+def faults_of_messages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        blocks = [bytearray(4 << 20) for _ in range(3)]
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults_of_messages()
+print(faults_of_messages())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 3072  # pages of one message
 
 
 def test_versions_of_grpc_that_were_not_seen_go_the_public_way(
