@@ -4,7 +4,8 @@ Starts a server in a process of its own (or takes `--target`) and steps a sessio
 of call; its time is the client's, from arrays to arrays, less the time that the server computed. The peer is an empty
 gRPC service in another process that echoes messages of the same sizes over the same kind of call: what gRPC for Python
 costs by itself, in the same run. Rows are measured in turns, so that a busy moment of the machine meets them all; the
-quietest of the rounds stands beside the median of all.
+quietest of the rounds stands beside the median of all. All processes go without gRPC's event engine, as the commands of
+numbaflash do (service/README.md).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
+
+os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
 
 import grpc
 import numpy as np

@@ -18,6 +18,7 @@ from . import logs, wire
 from .addresses import is_local
 from .auth import Authenticator, TokenFile
 from .config import ServeConfig
+from .placement import share_a_cpu
 from .servicer import SERVICE, AttentionServicer
 from .status_page import StatusPage
 from .tls import ServerCertificate
@@ -184,6 +185,7 @@ async def _serve(config: ServeConfig) -> None:
     # What is imported stays: a full collection that walks it would stop all steps for 0.1 s.
     gc.collect()
     gc.freeze()
+    share_a_cpu()
     print(f"numbaflash serves on {', '.join(server.addresses)}", flush=True)
     if server.status_page:
         print(f"status page at {server.status_page.url}, metrics at {server.status_page.url}metrics", flush=True)

@@ -25,7 +25,7 @@ from .jit import kernel
 from .task import ITEMS_DONE, Task, task_at
 from .vector import atomic_load, pause
 
-__all__ = ["run", "thread_count"]
+__all__ = ["run", "start_helpers", "thread_count"]
 
 _SPINS = 2000  # pauses of some 40 to 140 cycles: about 50 us
 _NAP_MICROSECONDS = 50
@@ -57,6 +57,11 @@ def run(kernel: Any, task: Task, scratch_bytes: int, helpers: int, keep_alive: t
     finally:
         # Even when Ctrl-C comes in between, nobody may be left writing when the caller gives the memory away.
         _complete(kernel, task.address, _scratch(scratch_bytes), alone=helpers <= 0)
+
+
+def start_helpers() -> None:
+    """Start all threads that may ever join in, on the CPUs of the calling thread, rather than when they are needed."""
+    _helpers.start(thread_count() - 1)
 
 
 def _complete(kernel: Any, task_address: int, scratch: int, *, alone: bool) -> None:
@@ -140,20 +145,21 @@ class _Helpers:
     def ask(self, count: int, job: _Job) -> None:
         """Let `count` helpers join in; the job's references hold the memory until each has seen it."""
         if len(self._threads) < count:
-            with self._lock:
-                self._start(count)
+            self.start(count)
         if _current_cpu and (cpu := _current_cpu()) != self._left:
             self._leave(cpu)
         for _ in range(count):
             self._jobs.put(job)
 
-    def _start(self, count: int) -> None:
-        while len(self._threads) < count:
-            name = f"numbaflash-{len(self._threads)}"
-            self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
-            self._threads[-1].start()
-        if _current_cpu:
-            self._cpus, self._left = os.sched_getaffinity(0), None  # threads inherit it
+    def start(self, count: int) -> None:
+        """See that there are `count` helpers."""
+        with self._lock:
+            while len(self._threads) < count:
+                name = f"numbaflash-{len(self._threads)}"
+                self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
+                self._threads[-1].start()
+            if _current_cpu:
+                self._cpus, self._left = os.sched_getaffinity(0), None  # threads inherit it
 
     def _leave(self, cpu: int) -> None:
         self._left = cpu
