@@ -89,7 +89,7 @@ class Client(Connection):
             rollback: Newest tokens that can always be truncated.
             num_q_heads: Heads of queries that every step must have; None: any multiple of `num_kv_heads`.
             ttl: Seconds without a step after which the server ends the session; None: the server's default.
-            stream: Send steps over one persistent Attend stream instead of a call each, which takes about four fifths
+            stream: Send steps over one persistent Attend stream instead of a call each, which takes about three fifths
                 of the time beside the kernel (benchmarks/service.py).
             replay: Called with the session and a length for each layer when the server has lost the session (it was
                 restarted, it needed the memory, time ran out). The session has been made anew then and is empty; by

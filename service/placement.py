@@ -33,8 +33,8 @@ def share_a_cpu() -> None:
     # Of asyncio.to_thread: they read and write files.
     threads = ThreadPoolExecutor(initializer=os.sched_setaffinity, initargs=(0, cpus))
     asyncio.get_running_loop().set_default_executor(threads)
-    cpu = _current_cpu()
     with contextlib.suppress(OSError):  # where a sandbox forbids it, all is as slow as it was
+        cpu = _current_cpu()
         for thread in (*pollers, 0):
             os.sched_setaffinity(thread, {cpu})
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from functools import partial
 from typing import Any, Final, Protocol, TypeAlias
 
 import grpc
@@ -119,9 +120,10 @@ class CallersThread:
     def _take_events(self, request: bytes | None = None) -> Any:
         """Send a request, if any, and take events until one brings an answer, or none is due."""
         with self._taking:
+            if request is not None:
+                # gRPC sends under a lock of the channel's, which an exception on the way out would leave locked.
+                before_ctrl_c(partial(self._send, request))
             try:
-                if request is not None:
-                    self._send(request)
                 answer = None
                 while self._due and answer is None:
                     event = self._call.next_event()
@@ -134,8 +136,7 @@ class CallersThread:
 
     def _send(self, request: bytes) -> None:
         batch = cygrpc.SendMessageOperation(request, _NO_FLAGS), cygrpc.ReceiveMessageOperation(_NO_FLAGS)
-        # gRPC sends under a lock of the channel's, which an exception on the way out would leave locked.
-        self._due += before_ctrl_c(lambda: self._call.operate(batch, None))
+        self._due += self._call.operate(batch, None)  # False where the call has ended
 
     def _read(self, operations: Any) -> Any:
         """Return the answer that an event brings, if any, and note the status that it brings."""
