@@ -20,7 +20,7 @@ def share_a_cpu() -> None:
 
     With every message that thread wakes the loop, and with every answer the loop wakes that thread. From one CPU to
     another this takes 35 us on a virtual machine, where the other has fallen asleep, and 4 us on one: a step of 32 KiB
-    takes 0.41 ms there and back, not 0.53, and a single call 0.72, not 0.95 (benchmarks/service.py).
+    takes 0.4 ms there and back, not 0.5, and a single call 0.7, not 0.9 (benchmarks/service.py).
 
     To be called on the loop, when its server has started. Threads inherit their CPUs from those that start them: so the
     kernels' are started before. Does nothing where the system has no such call.
