@@ -137,6 +137,10 @@ def serve(
     ] = None,
     metrics_host: Annotated[str | None, typer.Option(help="Address of that port; 127.0.0.1 by default.")] = None,
     otlp_endpoint: Annotated[str | None, typer.Option(help="Collector of OpenTelemetry spans, over gRPC.")] = None,
+    pin_event_loop: Annotated[
+        bool | None,
+        typer.Option("--pin-event-loop/--no-pin-event-loop", help="Keep it on the CPU where it starts; by default."),
+    ] = None,
     log_format: Annotated[str | None, typer.Option(help="json or text; by default text on a terminal.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:

@@ -125,6 +125,10 @@ class ServeConfig(BaseSettings):
     otlp_endpoint: str | None = Field(
         None, description="Collector that OpenTelemetry spans are sent to, such as http://127.0.0.1:4317."
     )
+    pin_event_loop: bool = Field(
+        True,
+        description="Keep the event loop, and the thread that waits on sockets for it, on the CPU where they start.",
+    )
     log_format: Literal["json", "text"] | None = Field(
         None, description="Form of the log. Default: text where standard error is a terminal, else json."
     )

@@ -185,7 +185,8 @@ async def _serve(config: ServeConfig) -> None:
     # What is imported stays: a full collection that walks it would stop all steps for 0.1 s.
     gc.collect()
     gc.freeze()
-    share_a_cpu()
+    if config.pin_event_loop:
+        share_a_cpu()
     print(f"numbaflash serves on {', '.join(server.addresses)}", flush=True)
     if server.status_page:
         print(f"status page at {server.status_page.url}, metrics at {server.status_page.url}metrics", flush=True)

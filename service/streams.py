@@ -49,8 +49,10 @@ class Stream(Protocol):
 def open_stream(channel: grpc.Channel, method: str, metadata: Metadata) -> Stream:
     """Begin a call of a method, which is given by its full path."""
     version = tuple(map(int, grpc.__version__.split(".")[:2]))
-    kind = CallersThread if _SEEN_FROM <= version <= _SEEN_TO else OwnThreads
-    return kind(channel, method, metadata)
+    is_known = _SEEN_FROM <= version <= _SEEN_TO
+    # A channel with interceptors, which OpenTelemetry's instrumentation puts in the place of every channel, has none.
+    is_bare = hasattr(getattr(channel, "_channel", None), "segregated_call")
+    return (CallersThread if is_known and is_bare else OwnThreads)(channel, method, metadata)
 
 
 class OwnThreads:

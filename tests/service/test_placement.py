@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -42,8 +43,21 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system does not say which CPUs a thread may use")
-@pytest.mark.skipif(os.cpu_count() == 1, reason="there is one CPU")
+pytestmark = [
+    pytest.mark.skipif(
+        not hasattr(os, "sched_setaffinity"), reason="the system does not say which CPUs a thread may use"
+    ),
+    pytest.mark.skipif(os.cpu_count() == 1, reason="there is one CPU"),
+]
+
+
+@pytest.mark.parametrize(("flags", "pinned"), [([], True), (["--no-pin-event-loop"], False)])
+def test_a_server_keeps_its_loop_on_one_cpu_unless_told_not_to(serve: Any, flags: list[str], pinned: bool) -> None:
+    process, _ = serve("--listen", "127.0.0.1:0", *flags)
+    cpus = os.sched_getaffinity(process.pid)
+    assert len(cpus) == 1 if pinned else cpus == os.sched_getaffinity(0)
+
+
 def test_the_event_loop_and_its_poller_share_a_cpu_and_all_others_have_all() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

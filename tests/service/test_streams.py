@@ -155,6 +155,24 @@ print(faults_of_messages())
     assert int(done.stdout) < 3072  # pages of one message
 
 
+class _Counting(grpc.StreamStreamClientInterceptor):
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def intercept_stream_stream(self, continuation: Any, details: Any, requests: Any) -> Any:
+        self.calls += 1
+        return continuation(details, requests)
+
+
+def test_interceptors_see_the_stream(target: str) -> None:
+    counting = _Counting()
+    with grpc.intercept_channel(grpc.insecure_channel(target), counting) as channel:
+        stream = open_stream(channel, METHOD, ())
+        assert stream.exchange(b"a") == b"a"
+        stream.close()
+    assert counting.calls == 1
+
+
 def test_versions_of_grpc_that_were_not_seen_go_the_public_way(
     server: Any, qkv: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
