@@ -1,17 +1,20 @@
 """Hypothesis profiles, and which tests stay together where several processes share them out.
 
-`pytest --hypothesis-profile=thorough` looks for longer than the suite has time for.
+`pytest --hypothesis-profile=thorough` looks for longer than the suite has time for. Where the environment says CI, the
+examples are the same in every run: whether a change lands is not to depend on what was drawn for it. Everywhere else
+they are new ones each time.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 # A machine that others use as well stands still for a second now and then: no example need be quick.
-_PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+_PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=bool(os.environ.get("CI")))
 settings.register_profile("patient", _PATIENT)
 settings.register_profile("thorough", _PATIENT, max_examples=2000, stateful_step_count=100)
 settings.load_profile("patient")

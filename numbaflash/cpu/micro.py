@@ -28,7 +28,6 @@ __all__ = [
     "PANEL_VECTORS",
     "ROWS_TOGETHER",
     "TILE_ROWS",
-    "VALUE_VECTORS",
     "accumulate_panel",
     "accumulate_panel_skipping_zeros",
     "counted_loop",
@@ -152,7 +151,7 @@ accumulate_panel_skipping_zeros = instruction(
 # Query heads that share a KV head go through the micro-kernels by fours, so that a vector of K or V, once loaded and
 # widened, serves four rows; those that remain by two, or alone.
 ROWS_TOGETHER = 4
-VALUE_VECTORS = 4 if TARGET.rows == 8 else 2
+_VALUE_VECTORS = 4 if TARGET.rows == 8 else 2
 
 
 def _merged(builder: ir.IRBuilder, x: ir.Value, y: ir.Value, span: int) -> ir.Value:
@@ -289,7 +288,7 @@ def _value_block(dtype: int, rows: int, vectors: int) -> Emitter:
 _KINDS = tuple(product((FLOAT32, FLOAT16, BFLOAT16), (1, 2, ROWS_TOGETHER)))
 score_block = choice({kind: _score_block(*kind) for kind in _KINDS}, 9)
 weigh_block, weigh_wide_block = (
-    choice({kind: _value_block(*kind, vectors) for kind in _KINDS}, 8) for vectors in (1, VALUE_VECTORS)
+    choice({kind: _value_block(*kind, vectors) for kind in _KINDS}, 8) for vectors in (1, _VALUE_VECTORS)
 )
 
 
@@ -315,9 +314,9 @@ def weigh_values(dtype, rows, v, v_stride, ahead, weights, weights_row, count, o
     step = 0
     while step < steps:
         at, to = v + step * nbytes, out + step * VECTOR_BYTES
-        if step + VALUE_VECTORS <= steps:
+        if step + _VALUE_VECTORS <= steps:
             weigh_wide_block(dtype, rows, at, v_stride, ahead, weights, weights_row, count, to, out_row)
-            step += VALUE_VECTORS
+            step += _VALUE_VECTORS
         else:
             weigh_block(dtype, rows, at, v_stride, ahead, weights, weights_row, count, to, out_row)
             step += 1
