@@ -24,7 +24,6 @@ class Target:
         has_float16: float16 <-> float32 conversions are instructions (without them LLVM calls compiler-rt, which a
             Python process need not have).
         is_x86: Else 64-bit ARM.
-        has_bfloat16_dot: AVX512-BF16, two bfloat16 products added to each float32 lane.
     """
 
     lanes: int
@@ -32,17 +31,16 @@ class Target:
     is_x86: bool
     has_fma: bool
     has_float16: bool
-    has_bfloat16_dot: bool
 
 
 def _target_of(triple: str, features: frozenset[str]) -> Target:
     if "avx512bw" in features:
-        return Target(16, 8, True, True, True, "avx512bf16" in features)
+        return Target(16, 8, True, True, True)
     if triple.startswith(("aarch64", "arm64")):
-        return Target(4, 8, False, True, True, False)
+        return Target(4, 8, False, True, True)
     if "avx2" in features:
-        return Target(8, 4, True, "fma" in features, "f16c" in features, False)
-    return Target(4, 4, True, False, False, False)
+        return Target(8, 4, True, "fma" in features, "f16c" in features)
+    return Target(4, 4, True, False, False)
 
 
 def _numba_target() -> Target:
