@@ -38,13 +38,18 @@ QUANTIZERS = ("group", "hqq", "group:keys=token", "hqq:keys=token", "awq")
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of cache; `token_bytes` are of all layers, `ratio` is its perplexity over float16's."""
+    """One kind of cache; `token_bytes` are of all layers, `ratio` is its perplexity over float16's.
+
+    `error` is the standard error of that ratio: which code a number is rounded to is chance, and so is some of what
+    comes of it.
+    """
 
     dtype: str
     quantizer: str
     token_bytes: float
     perplexity: float
     ratio: float
+    error: float
     unchanged: float
 
 
@@ -110,31 +115,38 @@ def share_of_means(keys: np.ndarray, page_size: int = 64) -> float:
     return float(np.square(pages.mean(axis=2)).sum() * page_size / np.square(pages).sum())
 
 
-def measure() -> list[Row]:
-    """Measure every dtype with every quantizer."""
+def measure(windows: int) -> list[Row]:
+    """Measure every dtype with every quantizer, perplexity over so many stretches of the text."""
     checkpoint = weights.load()
     tokenizer, model = Tokenizer(checkpoint.fields), Llama(checkpoint)
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-    ids, sample = tokenizer.encode(text[:40_000])[:TOKENS], tokenizer.encode(text[-10_000:])[:SAMPLE_TOKENS]
+    ids, sample = tokenizer.encode(text[: 40_000 * windows]), tokenizer.encode(text[-10_000:])[:SAMPLE_TOKENS]
+    stretches = [ids[at : at + TOKENS] for at in range(0, windows * TOKENS, TOKENS)]
     samples = record(model, sample)
     print(f"{share_of_means(samples[1]):.0%} of the keys' energy is their channels' means over a page", flush=True)
     awq_options = {"rotary": "adjacent", "sink_tokens": SINK_TOKENS}
     prompts = [tokenizer.encode(tokenizer.chat(prompt)) for prompt in PROMPTS]
     continued = [continue_greedily(model, prompt) for prompt in prompts]
     rows: list[Row] = []
+    of_float16 = np.zeros(0)
     for dtype, name in [("float16", ""), *((dtype, name) for dtype in ("int8", "int4") for name in QUANTIZERS)]:
         quantizer = AWQQuantizer.search(*samples, dtype=dtype, **awq_options) if name == "awq" else name or None
         cache = cache_for(model, TOKENS, dtype, quantizer)
         config = model.config
         one = layer_nbytes(config.num_kv_heads, config.head_dim, cache.layout, dtype, cache.quantizer)
-        perplexity = float(np.exp(next_token_losses(model, ids, cache)[0].mean()))
+        losses = np.concatenate(
+            [next_token_losses(model, part, cache_for(model, TOKENS, dtype, quantizer))[0] for part in stretches]
+        )
+        of_float16 = of_float16 if rows else losses
+        more = losses - of_float16
+        error = float(more.std() / np.sqrt(more.size))
         same = []
         for prompt, whole in zip(prompts, continued, strict=True):
             guesses = next_token_losses(model, whole, cache_for(model, len(whole), dtype, quantizer))[1]
             same.append(guesses[len(prompt) - 1 :] == whole[len(prompt) :])
-        ratio = perplexity / rows[0].perplexity if rows else 1.0
-        share = float(np.concatenate(same).mean())
-        rows.append(Row(dtype, name, float(one.token) * config.num_layers, perplexity, ratio, share))
+        share, token_bytes = float(np.concatenate(same).mean()), float(one.token) * config.num_layers
+        perplexity, ratio = float(np.exp(losses.mean())), float(np.exp(more.mean()))
+        rows.append(Row(dtype, name, token_bytes, perplexity, ratio, error, share))
         print(rows[-1], flush=True)
     return rows
 
@@ -143,15 +155,18 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
-    rows = measure()
-    if parser.parse_args().json:
+    parser.add_argument("--windows", type=int, default=1, help=f"stretches of {TOKENS} tokens, one after the other")
+    arguments = parser.parse_args()
+    rows = measure(arguments.windows)
+    if arguments.json:
         print(json.dumps([asdict(row) for row in rows]))
         return
     print("| dtype, quantizer | bytes a token | perplexity | beside float16 | greedy tokens unchanged |")
     print("|---|---|---|---|---|")
     for row in rows:
         name = f"{row.dtype} {row.quantizer}".strip()
-        bits = f"{row.token_bytes:.0f} | {row.perplexity:.3f} | {row.ratio - 1:+.2%} | {row.unchanged:.1%}"
+        beside = f"{row.ratio - 1:+.2%} ± {row.error:.2%}"
+        bits = f"{row.token_bytes:.0f} | {row.perplexity:.3f} | {beside} | {row.unchanged:.1%}"
         print(f"| {name} | {bits} |")
 
 
