@@ -113,7 +113,8 @@ def round_queries(task, rows, elements, queries, query_row, scales, offsets, wor
         store(at + _RESTS, rests)
     for i in range(rows):
         at = rounded + i * ROUNDED_ROW
-        store_float(at + LACK, horizontal_sum(load(at + _RESTS)) * _middle_code(task))
+        if to_rests == 0:
+            store_float(at + LACK, horizontal_sum(load(at + _RESTS)) * _middle_code(task))
         store_float(at + SHIFT, horizontal_sum(load(at + _SHIFTS)))
 
 
