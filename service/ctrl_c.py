@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Below `signal`, which looks for the names of handlers: that takes 10 of 11 us here.
-import _signal  # type: ignore[import-not-found]
+import _signal  # type: ignore[import-not-found]  # typeshed leaves it out
 import signal
 import threading
 from collections.abc import Callable

@@ -113,7 +113,7 @@ def test_other_devices_and_dtypes_name_both() -> None:
 def test_what_the_operator_cannot_take_is_named() -> None:
     q, k, v = qkv()
     with pytest.raises(TypeError, match=r"k must be a torch\.Tensor, got ndarray"):
-        attention(q, k.numpy(), v)  # type: ignore[arg-type]  # what it is about
+        attention(q, k.numpy(), v)  # type: ignore[arg-type]  # the wrong type is what is tested
     with pytest.raises(TypeError, match=r"window must be a pair \(left, right\) of ints or None, got \(1, 2, 3\)"):
         attention(q, k, v, window=(1, 2, 3))  # type: ignore[arg-type]  # likewise
     assert torch.equal(attention(q, k, v, window=(2**70, None)), attention(q, k, v))
