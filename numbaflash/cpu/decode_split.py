@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..problem import MAX_HEAD_DIM
-from .codes import SHIFTS_ROW, add_shifts, is_quantized, score_quantized, weigh_quantized
+from .codes import CODES_SCRATCH, SHIFTS_ROW, add_shifts, is_quantized, score_quantized, weigh_quantized
 from .decode_items import MAX_ROWS, SPLIT_KEYS, untaken_keys
 from .emit import FLOAT32
 from .functions import LOG2E, exp2
@@ -47,7 +47,7 @@ _SCORE_ROW = 4 * (SPLIT_KEYS + LANES)
 _QUERIES = 0
 OUT = _QUERIES + 4 * MAX_ROWS * MAX_HEAD_DIM
 _TILE = OUT + 4 * MAX_ROWS * MAX_HEAD_DIM
-_SCORES = _TILE + 4 * TILE_KEYS * MAX_HEAD_DIM
+_SCORES = _TILE + max(4 * TILE_KEYS * MAX_HEAD_DIM, CODES_SCRATCH)
 MAXIMA = _SCORES + MAX_ROWS * _SCORE_ROW
 SUMS = MAXIMA + 4 * MAX_ROWS
 _SHIFTS = SUMS + 4 * MAX_ROWS
