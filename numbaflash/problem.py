@@ -6,9 +6,10 @@ canonical values (plain ints and floats, options broadcast to their full shape a
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -118,39 +119,61 @@ def describe(
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument has the wrong shape or value.
     """
-    for name, array in (("q", q), ("k", k), ("v", v)):
-        if array.ndim != 4:
-            raise ValueError(f"{name} must have 4 axes (batch, tokens, heads, head_dim), got shape {array.shape}")
     dtype = check_dtype(q=q, k=k, v=v)
-    batch, q_tokens, q_heads, head_dim = q.shape
-    kv_tokens, kv_heads = k.shape[1:3]
-    for name, array in (("k", k), ("v", v)):
-        if array.shape[0] != batch:
-            raise ValueError(f"{name} must have q's batch size {batch}, got {array.shape[0]} (shape {array.shape})")
-    if v.shape[1:3] != k.shape[1:3]:
-        raise ValueError(f"v must have k's tokens and heads {k.shape[1:3]}, got {v.shape[1:3]} (shape {v.shape})")
-    if k.shape[3] != head_dim:
-        raise ValueError(f"k must have q's head_dim {head_dim}, got {k.shape[3]} (shape {k.shape})")
-    check_heads(q_heads, kv_heads)
-    for name, dim in (("q", head_dim), ("v", v.shape[3])):
-        if not 1 <= dim <= MAX_HEAD_DIM:
-            raise ValueError(f"{name} must have a head_dim of 1 to {MAX_HEAD_DIM}, got {dim}")
-
     left, right = check_window(window)
     if not isinstance(causal, (bool, np.bool_)):
         raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
     if causal:
         right = 0 if right is None else min(right, 0)
+    factor = None if scale is None else _finite("scale", scale)
+    problem = _plain_problem(q.shape, k.shape, v.shape, dtype, left, right, factor, _softcap(softcap))
+    if bias is None and alibi_slopes is None and sink_logits is None and kv_lengths is None:
+        return problem
+    batch, q_tokens, q_heads, kv_tokens = problem.batch, problem.q_tokens, problem.q_heads, problem.kv_tokens
     scoring = describe_scoring(
         batch=batch,
         q_heads=q_heads,
-        head_dim=head_dim,
-        scale=scale,
+        head_dim=problem.head_dim,
+        scale=problem.scoring.scale,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sink_logits=sink_logits,
         bias=None if bias is None else _bias(bias, dtype, (batch, q_heads, q_tokens, kv_tokens)),
     )
+    lengths = problem.kv_lengths if kv_lengths is None else _kv_lengths(kv_lengths, batch, kv_tokens)
+    return replace(problem, scoring=scoring, kv_lengths=lengths)
+
+
+@functools.lru_cache(maxsize=256)
+def _plain_problem(
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    v_shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    left: int | None,
+    right: int | None,
+    scale: float | None,
+    softcap: float,
+) -> AttentionProblem:
+    """The problem without options that are arrays. All layers of a model pose the same one."""
+    for name, shape in (("q", q_shape), ("k", k_shape), ("v", v_shape)):
+        if len(shape) != 4:
+            raise ValueError(f"{name} must have 4 axes (batch, tokens, heads, head_dim), got shape {shape}")
+    batch, q_tokens, q_heads, head_dim = q_shape
+    kv_tokens, kv_heads = k_shape[1:3]
+    for name, shape in (("k", k_shape), ("v", v_shape)):
+        if shape[0] != batch:
+            raise ValueError(f"{name} must have q's batch size {batch}, got {shape[0]} (shape {shape})")
+    if v_shape[1:3] != k_shape[1:3]:
+        raise ValueError(f"v must have k's tokens and heads {k_shape[1:3]}, got {v_shape[1:3]} (shape {v_shape})")
+    if k_shape[3] != head_dim:
+        raise ValueError(f"k must have q's head_dim {head_dim}, got {k_shape[3]} (shape {k_shape})")
+    check_heads(q_heads, kv_heads)
+    for name, dim in (("q", head_dim), ("v", v_shape[3])):
+        if not 1 <= dim <= MAX_HEAD_DIM:
+            raise ValueError(f"{name} must have a head_dim of 1 to {MAX_HEAD_DIM}, got {dim}")
+    kv_lengths = np.full(batch, kv_tokens, np.int64)
+    kv_lengths.flags.writeable = False
     return AttentionProblem(
         batch=batch,
         q_tokens=q_tokens,
@@ -158,12 +181,12 @@ def describe(
         q_heads=q_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        value_dim=v.shape[3],
+        value_dim=v_shape[3],
         dtype=dtype,
         window_left=left,
         window_right=right,
-        kv_lengths=_kv_lengths(kv_lengths, batch, kv_tokens),
-        scoring=scoring,
+        kv_lengths=kv_lengths,
+        scoring=Scoring(_default_scale(head_dim) if scale is None else scale, softcap),
     )
 
 
@@ -184,10 +207,8 @@ def describe_scoring(
         TypeError: An option has the wrong type or dtype.
         ValueError: An option has the wrong shape or value.
     """
-    checked_scale = 1.0 / math.sqrt(head_dim) if scale is None else _finite("scale", scale)
-    checked_softcap = _finite("softcap", softcap)
-    if checked_softcap < 0:
-        raise ValueError(f"softcap must be 0 (none) or positive, got {softcap}")
+    checked_scale = _default_scale(head_dim) if scale is None else _finite("scale", scale)
+    checked_softcap = _softcap(softcap)
     slopes = None
     if alibi_slopes is not None:
         slopes = _float_option("alibi_slopes", alibi_slopes, ((q_heads,), (batch, q_heads)))
@@ -228,19 +249,20 @@ def check_window(window: object) -> tuple[int | None, int | None]:
         TypeError: It is no pair of ints or None.
         ValueError: A side is negative.
     """
-    if not isinstance(window, Sequence) or len(window) != 2:
+    if not isinstance(window, (tuple, Sequence)) or len(window) != 2:  # a tuple is found out ten times as fast
         raise TypeError(f"window must be a pair (left, right) of ints or None, got {window!r}")
-    sides: list[int | None] = []
-    for name, side in zip(("left", "right"), window, strict=True):
-        if side is None:
-            sides.append(None)
-            continue
-        if isinstance(side, (bool, np.bool_)) or not isinstance(side, (int, np.integer)):
-            raise TypeError(f"window's {name} side must be an int or None, got {side!r}")
-        if side < 0:
-            raise ValueError(f"window's {name} side must be 0 or more, or None for unbounded, got {side}")
-        sides.append(int(side) if side < _BEYOND_ALL_KEYS else None)
-    return sides[0], sides[1]
+    left, right = window
+    return _window_side("left", left), _window_side("right", right)
+
+
+def _window_side(name: str, side: object) -> int | None:
+    if side is None:
+        return None
+    if isinstance(side, (bool, np.bool_)) or not isinstance(side, (int, np.integer)):
+        raise TypeError(f"window's {name} side must be an int or None, got {side!r}")
+    if side < 0:
+        raise ValueError(f"window's {name} side must be 0 or more, or None for unbounded, got {side}")
+    return int(side) if side < _BEYOND_ALL_KEYS else None
 
 
 def _bias(bias: Any, dtype: np.dtype[Any], shape: tuple[int, int, int, int]) -> NDArray[Any] | DeviceArray:
@@ -256,8 +278,6 @@ def _bias(bias: Any, dtype: np.dtype[Any], shape: tuple[int, int, int, int]) -> 
 
 
 def _kv_lengths(kv_lengths: Any, batch: int, kv_tokens: int) -> NDArray[np.int64]:
-    if kv_lengths is None:
-        return np.full(batch, kv_tokens, np.int64)
     array = _listed("kv_lengths", kv_lengths)
     if array.dtype.kind not in "iu":
         raise TypeError(f"kv_lengths must be integers, got {array.dtype}")
@@ -286,6 +306,17 @@ def _listed(name: str, value: Any, dtype: DTypeLike | None = None) -> NDArray[An
         return np.asarray(value, dtype)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be an array or a list of numbers, got {value}") from None
+
+
+def _default_scale(head_dim: int) -> float:
+    return 1.0 / math.sqrt(head_dim)
+
+
+def _softcap(softcap: object) -> float:
+    cap = _finite("softcap", softcap)
+    if cap < 0:
+        raise ValueError(f"softcap must be 0 (none) or positive, got {softcap}")
+    return cap
 
 
 def _finite(name: str, value: object) -> float:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import numbaflash
+from numbaflash.problem import describe
 
 SHAPES = {"q": (2, 5, 4, 8), "k": (2, 7, 2, 8), "v": (2, 7, 2, 6)}
 
@@ -100,6 +101,29 @@ def test_a_wrong_dtype_is_named(dtypes, message):
     given = arrays()
     with pytest.raises(TypeError, match=message):
         numbaflash.attention(**given | {name: given[name].astype(dtype) for name, dtype in dtypes.items()})
+
+
+@pytest.mark.parametrize(
+    ("accepted", "alike"),
+    [
+        ({"causal": True}, {"causal": 1}),
+        ({"window": (1, None)}, {"window": (True, None)}),
+        ({"window": (1, None)}, {"window": (1.0, None)}),
+        ({"scale": 1.0}, {"scale": True}),
+        ({"softcap": 1.0}, {"softcap": True}),
+    ],
+)
+def test_an_option_is_checked_though_one_that_equals_it_was_accepted_before(accepted, alike):
+    numbaflash.attention(**arrays(), **accepted)
+    with pytest.raises(TypeError):
+        numbaflash.attention(**arrays(), **alike)
+
+
+def test_problems_that_share_their_shapes_keep_their_options_apart():
+    described = [describe(**arrays(), kv_lengths=lengths) for lengths in (None, [3, 4], None)]
+    assert [problem.kv_lengths.tolist() for problem in described] == [[7, 7], [3, 4], [7, 7]]
+    with pytest.raises(ValueError, match="read-only"):
+        described[0].kv_lengths[0] = 1
 
 
 @pytest.mark.parametrize("axis", ["batch", "q_tokens", "kv_tokens"])

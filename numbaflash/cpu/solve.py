@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ from .kv import TILE_KEYS
 from .panel import PANEL_BYTES, PANEL_ROWS
 from .pool import run, thread_count
 from .prefill import MAX_ITEM_ROWS, PREFILL_SCRATCH, prefill
-from .record import address_of
-from .runs import COUNT, RUN_FIELDS, START, UNBOUNDED, KVRuns, Visibility
+from .record import address_of, address_of_array
+from .runs import COUNT, START, KVRuns, Visibility
 from .standard import STANDARD_SCRATCH, standard_scores, standard_softmax, standard_values
 from .task import BOOL_BIAS, NO_BIAS, Task
+from .tensors import runs_of_tensors
 
 __all__ = ["SPLIT_KV_MAX_TOKENS", "attend_runs", "attention", "readable"]
 
@@ -51,21 +53,7 @@ def attention(
         The output (B, Sq, Hq, Dv) in q's dtype and the natural log-sum-exp (B, Hq, Sq), float32.
     """
     k, v = readable(k), readable(v)
-    batch = problem.batch
-    table = np.empty((batch, RUN_FIELDS), np.int64)
-    index = np.arange(batch)
-    table[:, 0] = k.ctypes.data + index * k.strides[0]
-    table[:, 1] = v.ctypes.data + index * v.strides[0]
-    table[:, START] = 0
-    table[:, COUNT] = problem.kv_lengths
-    table[:, 4:] = k.strides[1], k.strides[2], v.strides[1], v.strides[2]
-    runs = KVRuns(table, np.arange(batch + 1), k.dtype, problem.kv_heads, problem.head_dim, problem.value_dim)
-    visibility = Visibility(
-        q_start=problem.kv_lengths - problem.q_tokens,
-        left=_side(problem.window_left),
-        right=_side(problem.window_right),
-        sinks=0,
-    )
+    runs, visibility = runs_of_tensors(problem, k, v)
     call = _Call(readable(q), runs, visibility, problem.scoring, keep_alive=(k, v))
     if call.is_empty:
         return call.out, call.lse
@@ -156,7 +144,7 @@ class _Call:
             units = self._pairs * -(-self._tokens * self._task["group"] // rows)
             self._allocate_workspace(units * splits * rows * partial_bytes(self._runs.value_dim))
             splits_done = np.zeros(units, np.int64)
-            self._task["splits_done"] = splits_done.ctypes.data
+            self._task["splits_done"] = address_of_array(splits_done)
             self._keep_alive += (splits_done,)
         self._run_in_parts(decode, DECODE_SCRATCH, self._task["items"])
 
@@ -178,7 +166,7 @@ class _Call:
 
     def _allocate_workspace(self, nbytes: int) -> None:
         workspace = np.empty(nbytes, np.uint8)
-        self._task["workspace"] = workspace.ctypes.data
+        self._task["workspace"] = address_of_array(workspace)
         self._keep_alive += (workspace,)
 
     def _run_in_parts(self, kernel: Any, scratch_bytes: int, items: int) -> None:
@@ -227,62 +215,67 @@ def _describe(
     q_bounds: NDArray[np.int64] | None,
 ) -> Task:
     """The task, but for its items; `tokens` are those of the longest sequence."""
-    q_heads = q.shape[-2]
+    sequences, kv_heads, head_dim, value_dim = len(runs.bounds) - 1, runs.kv_heads, runs.head_dim, runs.value_dim
+    shape = sequences, tokens, kv_heads, head_dim, value_dim, scoring.scale, scoring.softcap
+    task = _task_of_shape(q.shape, q.dtype, runs.dtype, *shape).copy()
     # A packed batch has no batch axis.
     q_batch, q_token, q_head, _ = (0, *q.strides)[-4:]
-    out_batch, out_token, out_head, _ = (0, *out.strides)[-4:]
-    lse_batch, lse_head, lse_token = (0, *lse.strides)[-3:]
     sides, side = address_of(visibility.rows), visibility.rows.strides[0]
-    options = {"bias_dtype": NO_BIAS}
+    task.set_from(
+        "q",
+        *(address_of_array(q), q_batch, q_token, q_head, address_of_array(out), address_of_array(lse)),
+        *(address_of(runs.table), address_of(runs.bounds), sides, sides + side, sides + 2 * side, sides + 3 * side),
+    )
     if q_bounds is not None:
-        options["q_bounds"] = q_bounds.ctypes.data
-    if scoring.bias is not None:
-        strides = dict(zip(("bias_batch", "bias_head", "bias_row", "bias_key"), scoring.bias.strides, strict=True))
-        options = {"bias": scoring.bias.ctypes.data, "bias_dtype": _CODES[scoring.bias.dtype], **strides}
+        task["q_bounds"] = address_of_array(q_bounds)
+    if (bias := scoring.bias) is not None:
+        task.set_from("bias", address_of_array(bias), *bias.strides, _CODES[bias.dtype])
     if scoring.alibi_slopes is not None:
-        options["alibi_slopes"] = scoring.alibi_slopes.ctypes.data
+        task["alibi_slopes"] = address_of_array(scoring.alibi_slopes)
     if scoring.sink_logits is not None:
-        options["sink_logits"] = scoring.sink_logits.ctypes.data
+        task["sink_logits"] = address_of_array(scoring.sink_logits)
     if (codes := runs.codes) is not None:
-        options |= {
-            "codes": address_of(codes.parameters),
-            "code_bits": codes.bits,
-            "key_group": codes.key_group,
-            "value_group": codes.value_group,
-            "symmetric": codes.symmetric,
-            "page_size": codes.page_size,
-        }
+        groups = codes.key_group, codes.value_group
+        task.set_from("codes", address_of(codes.parameters), codes.bits, *groups, codes.symmetric, codes.page_size)
+    return task
+
+
+@functools.lru_cache(maxsize=1024)
+def _task_of_shape(
+    q_shape: tuple[int, ...],
+    q_dtype: np.dtype[Any],
+    kv_dtype: np.dtype[Any],
+    sequences: int,
+    tokens: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    scale: float,
+    softcap: float,
+) -> Task:
+    """A task without its arrays. The layers of a model ask for the same one, and it takes ten times a copy's time."""
+    q_heads = q_shape[-2]
+    out_token, lse_head = q_heads * value_dim * q_dtype.itemsize, 4 * q_shape[-3]
+    is_packed = len(q_shape) == 3
     return Task(
-        sequences=len(runs.bounds) - 1,
+        sequences=sequences,
         q_tokens=tokens,
         q_heads=q_heads,
-        kv_heads=runs.kv_heads,
-        group=q_heads // runs.kv_heads,
-        head_dim=runs.head_dim,
-        value_dim=runs.value_dim,
-        q=q.ctypes.data,
-        q_batch=q_batch,
-        q_token=q_token,
-        q_head=q_head,
-        q_dtype=_CODES[q.dtype],
-        out=out.ctypes.data,
-        out_batch=out_batch,
+        kv_heads=kv_heads,
+        group=q_heads // kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        q_dtype=_CODES[q_dtype],
+        kv_dtype=_CODES[kv_dtype],
+        out_batch=0 if is_packed else q_shape[-3] * out_token,
         out_token=out_token,
-        out_head=out_head,
-        lse=address_of(lse),
-        lse_batch=lse_batch,
+        out_head=value_dim * q_dtype.itemsize,
+        lse_batch=0 if is_packed else q_heads * lse_head,
         lse_head=lse_head,
-        lse_token=lse_token,
-        runs=address_of(runs.table),
-        bounds=address_of(runs.bounds),
-        kv_dtype=_CODES[runs.dtype],
-        q_start=sides,
-        left=sides + side,
-        right=sides + 2 * side,
-        sinks=sides + 3 * side,
-        scale=scoring.scale,
-        softcap=scoring.softcap,
-        **options,
+        lse_token=4,
+        bias_dtype=NO_BIAS,
+        scale=scale,
+        softcap=softcap,
     )
 
 
@@ -291,7 +284,3 @@ def readable(array: NDArray[Any]) -> NDArray[Any]:
     if array.flags.aligned and (array.strides[-1] == array.itemsize or array.shape[-1] == 1):
         return array
     return np.ascontiguousarray(array)
-
-
-def _side(window: int | None) -> int:
-    return UNBOUNDED if window is None else window

@@ -17,13 +17,12 @@ _INTEGERS = (
     # The work: items are taken by adding to next_item, and reported by adding to items_done.
     *("next_item", "items_done", "items", "rows_per_item", "heads_per_item", "splits"),
     "kv_tokens",  # of all runs
-    *("sequences", "q_tokens", "q_heads", "kv_heads", "group", "head_dim", "value_dim"),
-    # q_bounds: where sequences have different numbers of tokens, and lie one behind the other (q_batch is 0 then).
-    *("q", "q_batch", "q_token", "q_head", "q_dtype", "q_bounds"),
-    *("out", "out_batch", "out_token", "out_head"),
-    *("lse", "lse_batch", "lse_head", "lse_token"),
-    # KVRuns and Visibility.
-    *("runs", "bounds", "kv_dtype", "q_start", "left", "right", "sinks"),
+    *("sequences", "q_tokens", "q_heads", "kv_heads", "group", "head_dim", "value_dim", "q_dtype", "kv_dtype"),
+    *("out_batch", "out_token", "out_head", "lse_batch", "lse_head", "lse_token"),
+    # Where the call's arrays lie; those of KVRuns and Visibility last.
+    *("q", "q_batch", "q_token", "q_head", "out", "lse", "runs", "bounds", "q_start", "left", "right", "sinks"),
+    # Where sequences have different numbers of tokens, and lie one behind the other (q_batch is 0 then).
+    "q_bounds",
     # Codes.
     *("codes", "code_bits", "key_group", "value_group", "symmetric", "page_size"),
     # Scoring.
@@ -42,8 +41,7 @@ class Task(Record, integers=_INTEGERS, floats=("scale", "softcap")):
 
         A thread that wakes up late for this task must find its counter, so it is not set back.
         """
-        twin = object.__new__(Task)
-        twin._hold(self._integers.tobytes())
+        twin = self.copy()
         twin["next_item"] = twin["items_done"] = item
         return twin
 
