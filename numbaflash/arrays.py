@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["as_numpy", "like", "namespace_of"]
+__all__ = ["as_numpy", "like", "namespace_of", "torch_of"]
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -35,8 +35,8 @@ def as_numpy(array: Any, name: str) -> NDArray[Any]:
         raise TypeError(f"{name} must have no mask of its own, got a masked array: pass its data, and a bias")
     if isinstance(array, np.ndarray):
         return array
-    if _is_torch(array):
-        return _torch_as_numpy(array, name)
+    if (torch := torch_of(array)) is not None:
+        return _torch_as_numpy(torch, array, name)
     if hasattr(array, "__dlpack__"):
         if array.__dlpack_device__()[0] != 1:  # kDLCPU
             raise ValueError(f"{name} must be in host memory for backend 'cpu', got device {array.__dlpack_device__()}")
@@ -56,9 +56,7 @@ def like(template: Any, result: NDArray[Any]) -> Any:
     """
     if isinstance(template, np.ndarray):
         return result
-    if _is_torch(template):
-        import torch
-
+    if (torch := torch_of(template)) is not None:
         if result.dtype == _BFLOAT16:
             return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(result)
@@ -73,14 +71,13 @@ def namespace_of(array: Any) -> Any:
     return sys.modules[type(array).__module__.partition(".")[0]]
 
 
-def _is_torch(array: Any) -> bool:
+def torch_of(array: Any) -> Any:
+    """Return the module of PyTorch where the array is a tensor of its own or of a subclass, else None."""
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(array, torch.Tensor)
+    return torch if torch is not None and isinstance(array, torch.Tensor) else None
 
 
-def _torch_as_numpy(tensor: Any, name: str) -> NDArray[Any]:
-    import torch
-
+def _torch_as_numpy(torch: Any, tensor: Any, name: str) -> NDArray[Any]:
     if not tensor.is_cpu:
         raise ValueError(f"{name} must be in host memory for backend 'cpu', got device {tensor.device}")
     if tensor.requires_grad:

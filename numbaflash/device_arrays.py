@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import as_numpy
+from .arrays import as_numpy, torch_of
 
 __all__ = ["AnyArray", "DeviceArray", "current_stream", "empty_like", "is_on_gpu", "library_of", "view"]
 
@@ -79,7 +79,7 @@ def is_on_gpu(array: Any) -> bool:
     """Say whether an array lives in the memory of a CUDA device."""
     if isinstance(array, np.ndarray):
         return False
-    if library_of(array) == "torch":
+    if torch_of(array) is not None:
         return bool(array.is_cuda)
     if hasattr(array, "__cuda_array_interface__"):
         return True
@@ -139,8 +139,7 @@ def empty_like(template: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> A
 
 def library_of(array: Any) -> str:
     """Return the name of the package that an array's type comes from; "torch" for subclasses of its tensor as well."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(array, torch.Tensor):
+    if torch_of(array) is not None:
         return "torch"
     return type(array).__module__.partition(".")[0]
 

@@ -70,6 +70,8 @@ class AttentionProblem:
     Query row i of batch entry b stands at position `i + kv_lengths[b] - q_tokens` of its key sequence, and sees the
     keys from `window_left` before that position to `window_right` after it (None: unbounded). `causal` is
     `window_right = 0`.
+
+    One that `is_plain` has no options that are arrays; all calls of its shapes and numbers share it.
     """
 
     batch: int
@@ -84,6 +86,7 @@ class AttentionProblem:
     window_right: int | None
     kv_lengths: NDArray[np.int64]
     scoring: Scoring
+    is_plain: bool = False
 
 
 def describe(
@@ -141,7 +144,7 @@ def describe(
         bias=None if bias is None else _bias(bias, dtype, (batch, q_heads, q_tokens, kv_tokens)),
     )
     lengths = problem.kv_lengths if kv_lengths is None else _kv_lengths(kv_lengths, batch, kv_tokens)
-    return replace(problem, scoring=scoring, kv_lengths=lengths)
+    return replace(problem, scoring=scoring, kv_lengths=lengths, is_plain=False)
 
 
 @functools.lru_cache(maxsize=256)
@@ -187,6 +190,7 @@ def _plain_problem(
         window_right=right,
         kv_lengths=kv_lengths,
         scoring=Scoring(_default_scale(head_dim) if scale is None else scale, softcap),
+        is_plain=True,
     )
 
 

@@ -30,7 +30,8 @@ __all__ = [
     "contiguous_run",
 ]
 
-# Columns of a run: addresses and strides in bytes, the position of its first token, the number of its tokens.
+# Columns of a run: addresses, which a task's `k_base` and `v_base` are added to, and strides, in bytes; the position of
+# its first token, the number of its tokens.
 K_ADDRESS, V_ADDRESS, START, COUNT, K_TOKEN_STRIDE, K_HEAD_STRIDE, V_TOKEN_STRIDE, V_HEAD_STRIDE = range(8)
 RUN_FIELDS = 8
 

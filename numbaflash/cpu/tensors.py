@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
 from ..problem import AttentionProblem
 from .jit import kernel
@@ -17,8 +14,13 @@ from .vector import load_int, store_int
 __all__ = ["runs_of_tensors"]
 
 
-def runs_of_tensors(problem: AttentionProblem, k: NDArray[Any], v: NDArray[Any]) -> tuple[KVRuns, Visibility]:
-    """Return what the queries of a problem see of its keys (B, Sk, Hkv, D) and values (B, Sk, Hkv, Dv)."""
+def runs_of_tensors(
+    problem: AttentionProblem, k_strides: tuple[int, ...], v_strides: tuple[int, ...]
+) -> tuple[KVRuns, Visibility]:
+    """Return what the queries of a problem see of keys (B, Sk, Hkv, D) and values (B, Sk, Hkv, Dv).
+
+    Addresses count from the tensors' first elements.
+    """
     batch = problem.batch
     # Side by side, for NumPy takes its time for each array.
     numbers = np.empty(5 * batch + 1 + batch * RUN_FIELDS, np.int64)
@@ -28,21 +30,19 @@ def runs_of_tensors(problem: AttentionProblem, k: NDArray[Any], v: NDArray[Any])
         UNBOUNDED if problem.window_left is None else problem.window_left,
         UNBOUNDED if problem.window_right is None else problem.window_right,
         address_of_array(problem.kv_lengths),
-        address_of_array(k),
-        *k.strides[:3],
-        address_of_array(v),
-        *v.strides[:3],
+        *k_strides[:3],
+        *v_strides[:3],
         address_of(numbers),
     )
     bounds_at, table_at = 4 * batch, 5 * batch + 1
     table, bounds = numbers[table_at:].reshape(batch, RUN_FIELDS), numbers[bounds_at:table_at]
-    runs = KVRuns(table, bounds, k.dtype, problem.kv_heads, problem.head_dim, problem.value_dim)
+    runs = KVRuns(table, bounds, problem.dtype, problem.kv_heads, problem.head_dim, problem.value_dim)
     return runs, Visibility.of_rows(numbers[:bounds_at].reshape(4, batch))
 
 
 @kernel
 def _list_tensors(
-    sequences, q_tokens, left, right, lengths, k, k_sequence, k_token, k_head, v, v_sequence, v_token, v_head, numbers
+    sequences, q_tokens, left, right, lengths, k_sequence, k_token, k_head, v_sequence, v_token, v_head, numbers
 ):
     """Write rows of `Visibility`, then `KVRuns.bounds` and `table`; `lengths` is the address of int64."""
     bounds = numbers + 8 * 4 * sequences
@@ -56,4 +56,4 @@ def _list_tensors(
         store_int(numbers + 8 * (3 * sequences + n), 0)
         store_int(bounds + 8 * (n + 1), n + 1)
         row = table + 8 * RUN_FIELDS * n
-        store_run(row, k + n * k_sequence, v + n * v_sequence, 0, length, k_token, k_head, v_token, v_head)
+        store_run(row, n * k_sequence, n * v_sequence, 0, length, k_token, k_head, v_token, v_head)

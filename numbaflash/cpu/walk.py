@@ -48,19 +48,19 @@ def skip_runs(task, sequence, run, position):
 
 
 @native
-def _token_at(task, run, kv_head, position, address, token_stride, head_stride):
+def _token_at(task, run, kv_head, position, base, address, token_stride, head_stride):
     inside = position - run_field(task, run, START)
-    at = run_field(task, run, address) + kv_head * run_field(task, run, head_stride)
+    at = base + run_field(task, run, address) + kv_head * run_field(task, run, head_stride)
     return at + inside * run_field(task, run, token_stride)
 
 
 @native
 def key_at(task, run, kv_head, position):
     """Address of the key at a position of a run."""
-    return _token_at(task, run, kv_head, position, K_ADDRESS, K_TOKEN_STRIDE, K_HEAD_STRIDE)
+    return _token_at(task, run, kv_head, position, task.k_base, K_ADDRESS, K_TOKEN_STRIDE, K_HEAD_STRIDE)
 
 
 @native
 def value_at(task, run, kv_head, position):
     """Address of the value at a position of a run."""
-    return _token_at(task, run, kv_head, position, V_ADDRESS, V_TOKEN_STRIDE, V_HEAD_STRIDE)
+    return _token_at(task, run, kv_head, position, task.v_base, V_ADDRESS, V_TOKEN_STRIDE, V_HEAD_STRIDE)

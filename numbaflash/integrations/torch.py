@@ -198,21 +198,12 @@ def attention_heads_first(
 
     It goes through the operator only where somebody must see it: the dispatcher takes 15 us.
     """
-    compute: Callable[..., tuple[torch.Tensor, torch.Tensor]] = (
-        _operator if _is_watched(query, key, value, bias, sink_logits) else _compute
-    )
-    out, _ = compute(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        scale,
-        False,
-        *window,
-        softcap,
-        bias,
-        None,
-        sink_logits,
-    )
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    out: torch.Tensor
+    if _is_watched(query, key, value, bias, sink_logits):
+        out, _ = _operator(q, k, v, scale, False, *window, softcap, bias, None, sink_logits)
+    else:
+        out = api.attention(q, k, v, scale=scale, window=window, softcap=softcap, bias=bias, sink_logits=sink_logits)
     return out
 
 

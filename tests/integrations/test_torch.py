@@ -166,8 +166,8 @@ def test_sdpa_computes_what_pytorch_computes(
     lengths: tuple[int, int], options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    compute = door._compute
-    monkeypatch.setattr(door, "_compute", lambda *args, **named: calls.append(1) or compute(*args, **named))
+    attention = door.api.attention
+    monkeypatch.setattr(door.api, "attention", lambda *args, **named: calls.append(1) or attention(*args, **named))
     tensors = heads_first(*lengths)
     expected = F.scaled_dot_product_attention(*tensors, **options)
     with sdpa():
@@ -228,8 +228,8 @@ def test_sdpa_leaves_pytorchs_own_errors_to_pytorch() -> None:
 
 def test_sdpa_serves_its_own_thread_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    compute = door._compute
-    monkeypatch.setattr(door, "_compute", lambda *args, **named: calls.append(1) or compute(*args, **named))
+    attention = door.api.attention
+    monkeypatch.setattr(door.api, "attention", lambda *args, **named: calls.append(1) or attention(*args, **named))
     tensors = heads_first()
     with sdpa():
         other = threading.Thread(target=lambda: F.scaled_dot_product_attention(*tensors))

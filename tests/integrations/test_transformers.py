@@ -149,8 +149,8 @@ def test_a_model_computes_with_numbaflash(name: str, monkeypatch: pytest.MonkeyP
     from numbaflash.integrations import torch as door
 
     calls = []
-    compute = door._compute
-    monkeypatch.setattr(door, "_compute", lambda *args: calls.append(1) or compute(*args))
+    attention = door.api.attention
+    monkeypatch.setattr(door.api, "attention", lambda *args, **named: calls.append(1) or attention(*args, **named))
     ours, _ = models(CONFIGS[name]())
     with torch.no_grad():
         ours(prompts())
