@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..cpu import RUN_FIELDS, Codes, KVRuns, Visibility
 from ..cpu.paging import RingRecord, gather_tokens, list_rings, scatter_tokens
-from ..cpu.record import address_of
+from ..cpu.record import address_of, address_of_array
 from .layout import RingLayout
 from .pages import PageTable
 
@@ -223,4 +223,4 @@ class RingBatch:
 
 def _place(tokens: NDArray[Any]) -> tuple[int, ...]:
     """Where tokens (N, T, Hkv, D) lie: the first one's address, and the strides of what its rows are counted by."""
-    return tokens.ctypes.data, *tokens.strides[:3]
+    return address_of_array(tokens), *tokens.strides[:3]
