@@ -10,11 +10,10 @@ import numpy as np
 
 from .decode_items import item_at, plan_items, splits_of, unit_of
 from .decode_split import DECODE_SCRATCH, MAXIMA, OUT, SUMS, attend_item
-from .functions import exp2
+from .functions import NEG_INF, exp2
 from .jit import kernel, native
 from .panel import lse_at, out_at, query_head
 from .rows import VECTOR_BYTES, clear, narrow_row, padded
-from .scoring import NEG_INF
 from .softmax import normalize_row
 from .task import report_item, take_item, task_at
 from .vector import LANES, atomic_add, fma, horizontal_max, load, load_float, splat, store, store_float

@@ -8,17 +8,18 @@ from __future__ import annotations
 import numpy as np
 
 from ..problem import MAX_HEAD_DIM
+from .bias import add_row_bias
 from .codes import CODES_SCRATCH, SHIFTS_ROW, add_shifts, is_quantized, score_quantized, weigh_quantized
 from .decode_items import MAX_ROWS, SPLIT_KEYS, untaken_keys
 from .emit import FLOAT32
-from .functions import LOG2E, exp2
+from .functions import LOG2E, NEG_INF, exp2
 from .jit import native, piece
 from .kv import TILE_KEYS
 from .micro import ROWS_TOGETHER, score_keys, weigh_values
 from .panel import is_finite, query_at, query_factor, query_head, query_position
 from .rows import VECTOR_BYTES, clear, padded, widen_row
 from .runs import K_TOKEN_STRIDE, START, V_TOKEN_STRIDE
-from .scoring import NEG_INF, add_bias, bias_at, cap_scores
+from .scoring import cap_scores
 from .task import NO_BIAS
 from .vector import (
     LANES,
@@ -67,7 +68,7 @@ def attend_item(task, task_address, item, scratch):
         kv_head, first = item.kv_head + head, head * item.padded_rows
         for r in range(item.rows):
             at = scratch + _SCORES + (first + r) * _SCORE_ROW
-            _score_options(task, item, kv_head, item.row + r, at)
+            _score_options(task, item, kv_head, item.row + r, at, scratch + _TILE)
             _mask_row(task, item, item.row + r, at)
             m, total = _softmax_row(at, item.keys)
             store_float(scratch + MAXIMA + 4 * (first + r), m)
@@ -175,8 +176,8 @@ def _forbid(scores, rows, low, high):
 
 
 @native
-def _score_options(task, item, kv_head, row, scores):
-    """Softcap, ALiBi and bias on a row's scores."""
+def _score_options(task, item, kv_head, row, scores, memory):
+    """Softcap, ALiBi and bias on a row's scores; `memory` is a vector's."""
     if task.softcap != 0:
         cap_scores(task, scores, scores + 4 * item.keys)
     if task.alibi_slopes != 0:
@@ -187,7 +188,7 @@ def _score_options(task, item, kv_head, row, scores):
             store(at, fma(slopes, absolute(distances), load(at)))
             distances = sub(distances, splat(np.float32(LANES)))
     if task.bias_dtype != NO_BIAS:
-        add_bias(task, bias_at(task, item.sequence, kv_head, row, item.begin), item.keys, scores, 4)
+        add_row_bias(task, item.sequence, kv_head, row, item.begin, item.keys, scores, memory)
 
 
 @native

@@ -6,6 +6,8 @@ even on the way out, by instructions where the CPU has them, else by integer ari
 
 from __future__ import annotations
 
+import math
+
 from llvmlite import ir
 from numba.core import cgutils
 
@@ -13,10 +15,11 @@ from .target import TARGET
 
 LANES = TARGET.lanes
 
-# Codes of the storage dtypes, for run-time dispatch.
-FLOAT32, FLOAT16, BFLOAT16 = range(3)
+# Codes of the storage dtypes, for run-time dispatch. A BOOL is a mask's, and stands for what it adds to a score.
+FLOAT32, FLOAT16, BFLOAT16, BOOL = range(4)
 
 F32 = ir.FloatType()
+I8 = ir.IntType(8)
 I16 = ir.IntType(16)
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)
@@ -118,10 +121,19 @@ def narrow(builder: ir.IRBuilder, value: ir.Value, dtype: int) -> ir.Value:
 
 
 def load_widened(builder: ir.IRBuilder, address: ir.Value, dtype: int, lanes: int = LANES) -> ir.Value:
-    """Load one or `lanes` elements of float32, float16 or bfloat16, as float32."""
+    """Load one or `lanes` elements as float32; True is 0, and False is -inf."""
+
+    def load(element: ir.Type, align: int) -> ir.Value:
+        return load_at(builder, address, element if lanes == 1 else ir.VectorType(element, lanes), align)
+
     if dtype == FLOAT32:
-        return load_at(builder, address, F32 if lanes == 1 else ir.VectorType(F32, lanes))
-    return widen(builder, load_at(builder, address, I16 if lanes == 1 else ir.VectorType(I16, lanes), align=2), dtype)
+        return load(F32, 4)
+    if dtype == BOOL:
+        stored = load(I8, 1)
+        f32 = reshape_type(F32, stored.type)
+        may = builder.icmp_unsigned("!=", stored, constant(0, stored.type))
+        return builder.select(may, constant(0.0, f32), constant(-math.inf, f32))
+    return widen(builder, load(I16, 2), dtype)
 
 
 def store_narrowed(builder: ir.IRBuilder, address: ir.Value, value: ir.Value, dtype: int) -> None:

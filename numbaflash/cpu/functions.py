@@ -7,10 +7,11 @@ import numpy as np
 from .jit import native
 from .vector import absolute, add, div, fma, less, minimum, mul, power_of_two, splat, sub, where
 
-__all__ = ["LN2", "LOG2E", "exp2", "tanh"]
+__all__ = ["LN2", "LOG2E", "NEG_INF", "exp2", "tanh"]
 
 LOG2E = np.float32(1.4426950408889634)
 LN2 = 0.6931471805599453
+NEG_INF = np.float32(-np.inf)
 
 # Adding 1.5 * 2^23 rounds to an integer n, which is then in the sum's lowest bits; with 127 more it is n + 127, the
 # exponent of 2^n.

@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import types
 
 from . import emit
-from .emit import BFLOAT16, F32, FLOAT16, FLOAT32, I64, LANES, VECTOR
+from .emit import BFLOAT16, BOOL, F32, FLOAT16, FLOAT32, I64, LANES, VECTOR
 from .intrinsics import Emitter, choice, instruction
 from .jit import native
 from .target import TARGET
@@ -36,7 +36,9 @@ __all__ = [
     "score_keys",
     "strided",
     "transpose_block",
+    "transpose_rows",
     "weigh_values",
+    "widen_vector",
 ]
 
 PANEL_VECTORS = 3
@@ -325,10 +327,9 @@ def weigh_values(dtype, rows, v, v_stride, ahead, weights, weights_row, count, o
 # ---- between the two layouts ------------------------------------------------------------------------------------
 
 
-def _transpose(
-    builder: ir.IRBuilder, source: ir.Value, source_row: ir.Value, target: ir.Value, target_row: ir.Value
-) -> None:
-    rows = [emit.load_at(builder, at, VECTOR) for at in strided(builder, source, source_row, LANES)]
+def _transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+    """The columns of LANES vectors."""
+    rows = list(rows)
     half = LANES // 2
     while half:  # swap the off-diagonal quarters of each square of 2 * half
         for i in range(LANES):
@@ -338,9 +339,40 @@ def _transpose(
                 rows[i] = emit.shuffle(builder, a, b, [x + LANES - half if x & half else x for x in lanes])
                 rows[i + half] = emit.shuffle(builder, a, b, [x + LANES if x & half else x + half for x in lanes])
         half //= 2
-    for at, row in zip(strided(builder, target, target_row, LANES), rows, strict=True):
+    return rows
+
+
+def _transpose(
+    builder: ir.IRBuilder, source: ir.Value, source_row: ir.Value, target: ir.Value, target_row: ir.Value
+) -> None:
+    rows = [emit.load_at(builder, at, VECTOR) for at in strided(builder, source, source_row, LANES)]
+    for at, row in zip(strided(builder, target, target_row, LANES), _transposed(builder, rows), strict=True):
         emit.store_at(builder, at, row)
 
 
-# Transpose a block of LANES x LANES float32: source, its row stride, target, its row stride; they do not overlap.
+def _widen_vector(dtype: int) -> Emitter:
+    return lambda builder, source, target: emit.store_at(builder, target, emit.load_widened(builder, source, dtype))
+
+
+def _transpose_rows(dtype: int) -> Emitter:
+    def transpose(builder: ir.IRBuilder, addresses: ir.Value, offset: ir.Value, target: ir.Value) -> None:
+        rows = []
+        for place in strided(builder, addresses, ir.Constant(I64, 8), LANES):
+            at = builder.add(emit.load_at(builder, place, I64, 8), offset)
+            rows.append(emit.load_widened(builder, at, dtype))
+        for i, row in enumerate(_transposed(builder, rows)):
+            emit.store_at(builder, emit.offset(builder, target, i * VECTOR_BYTES), row)
+
+    return transpose
+
+
+# Transpose a block of LANES x LANES float32: source, its row stride, target, its row stride; they may be the same.
 transpose_block = instruction(types.void, (types.int64,) * 4, _transpose)
+
+_DTYPES = (FLOAT32, FLOAT16, BFLOAT16, BOOL)
+
+# Write LANES elements of a dtype as float32: source, target.
+widen_vector = choice({(dtype,): _widen_vector(dtype) for dtype in _DTYPES}, 2)
+# Transpose LANES elements each of LANES rows of a dtype, as float32: where the rows' addresses lie, bytes from those to
+# the elements, and the target, a block without gaps.
+transpose_rows = choice({(dtype,): _transpose_rows(dtype) for dtype in _DTYPES}, 3)

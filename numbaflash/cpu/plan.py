@@ -19,7 +19,7 @@ from .panel import PANEL_ROWS
 from .pool import thread_count
 from .record import address_of, address_of_array
 from .runs import COUNT, KVRuns, Visibility
-from .task import BOOL_BIAS, NO_BIAS, Task
+from .task import NO_BIAS, Task
 from .tensors import runs_of_tensors
 
 __all__ = ["SPLIT_KV_MAX_TOKENS", "Plan", "plan_tensors"]
@@ -27,7 +27,7 @@ __all__ = ["SPLIT_KV_MAX_TOKENS", "Plan", "plan_tensors"]
 # Steps of at most that many tokens go to the split-KV decode kernel, larger ones to the prefill kernel.
 SPLIT_KV_MAX_TOKENS = 8
 
-_CODES = {FLOAT32: emit.FLOAT32, FLOAT16: emit.FLOAT16, BFLOAT16: emit.BFLOAT16, np.dtype(np.bool_): BOOL_BIAS}
+_CODES = {FLOAT32: emit.FLOAT32, FLOAT16: emit.FLOAT16, BFLOAT16: emit.BFLOAT16, np.dtype(np.bool_): emit.BOOL}
 
 
 class Plan:

@@ -11,6 +11,7 @@ from .vector import (
     load_float,
     load_float16,
     load_one_bfloat16,
+    load_one_bool,
     load_one_float16,
     mul,
     splat,
@@ -48,7 +49,9 @@ def load_element(source, dtype):
         return load_float(source)
     if dtype == FLOAT16:
         return load_one_float16(source)
-    return load_one_bfloat16(source)
+    if dtype == BFLOAT16:
+        return load_one_bfloat16(source)
+    return load_one_bool(source)
 
 
 @native

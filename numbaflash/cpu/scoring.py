@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from .functions import LOG2E, tanh
+from .bias import BIAS_BYTES, add_panel_bias
+from .functions import LOG2E, NEG_INF, tanh
 from .jit import native
 from .micro import TILE_ROWS
-from .panel import PANEL_BYTES, query_head, query_position, query_token, score_panel
-from .rows import VECTOR_BYTES, load_element
-from .task import BOOL_BIAS, NO_BIAS
+from .panel import PANEL_BYTES, query_head, query_position, score_panel
+from .rows import VECTOR_BYTES
+from .task import NO_BIAS
 from .vector import (
     LANES,
     absolute,
@@ -20,7 +21,6 @@ from .vector import (
     fma,
     less_equal,
     load,
-    load_byte,
     load_float,
     load_int,
     mul,
@@ -31,11 +31,10 @@ from .vector import (
     where,
 )
 
-__all__ = ["NEG_INF", "ROW_BYTES", "add_bias", "bias_at", "cap_scores", "score_tile"]
+__all__ = ["ROW_BYTES", "cap_scores", "score_tile"]
 
-NEG_INF = np.float32(-np.inf)
-# Memory for two numbers of each row of a panel.
-ROW_BYTES = 2 * PANEL_BYTES
+# Memory for two numbers of each row of a panel, or for its bias.
+ROW_BYTES = max(2 * PANEL_BYTES, BIAS_BYTES)
 
 
 @native
@@ -65,9 +64,7 @@ def score_tile(task, panel, queries, tile, scores, row_memory):
     if task.alibi_slopes != 0:
         _add_alibi(task, panel, position, count, at, row_memory)
     if task.bias_dtype != NO_BIAS:
-        for r in range(panel.rows):
-            bias = bias_at(task, panel.sequence, panel.kv_head, panel.row + r, position)
-            add_bias(task, bias, count, at + 4 * r, panel.vectors * VECTOR_BYTES)
+        add_panel_bias(task, panel, position, count, at, row_memory)
     incomplete = tile.missing or low < tile.first
     if incomplete or low < last_row - left or high > first_row + right + 1:
         _mask(task, panel, position, count, at, tile.exists + 4 * low if incomplete else 0, row_memory)
@@ -80,28 +77,6 @@ def cap_scores(task, start, end):
     cap = splat(task.softcap * LOG2E)
     for at in range(start, end, VECTOR_BYTES):
         store(at, mul(cap, tanh(load(at))))
-
-
-@native
-def bias_at(task, sequence, kv_head, row, position):
-    """Address of the bias of a row's score with the key at `position`."""
-    token, head = query_token(task, row), query_head(task, kv_head, row)
-    row_bias = task.bias + sequence * task.bias_batch + head * task.bias_head + token * task.bias_row
-    return row_bias + position * task.bias_key
-
-
-@native
-def add_bias(task, bias, count, scores, score_stride):
-    """Add the bias of `count` keys to one row's scores of base 2; -inf and False forbid the key, be it NaN."""
-    for n in range(count):
-        at = bias + n * task.bias_key
-        to = scores + n * score_stride
-        if task.bias_dtype == BOOL_BIAS:
-            if load_byte(at) == 0:
-                store_float(to, NEG_INF)
-        else:
-            value = load_element(at, task.bias_dtype)
-            store_float(to, NEG_INF if value == NEG_INF else load_float(to) + value * LOG2E)
 
 
 @native

@@ -6,11 +6,10 @@ import math
 
 import numpy as np
 
-from .functions import LN2, exp2
+from .functions import LN2, NEG_INF, exp2
 from .jit import native
 from .panel import lse_at, query_head
 from .rows import VECTOR_BYTES
-from .scoring import NEG_INF
 from .vector import add, equal, fma, load, load_float, maximum, splat, store, store_float, sub, where
 
 __all__ = ["normalize_panel", "normalize_row", "softmax_panel", "start_softmax"]

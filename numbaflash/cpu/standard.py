@@ -9,11 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from ..problem import MAX_HEAD_DIM
+from .functions import NEG_INF
 from .jit import kernel, native
 from .kv import TILE_BYTES, TILE_KEYS, load_tile
 from .panel import PANEL_BYTES, PANEL_ROWS, is_finite, load_queries, panel_of, weigh_panel, write_panel
 from .rows import VECTOR_BYTES, clear, padded
-from .scoring import NEG_INF, ROW_BYTES, score_tile
+from .scoring import ROW_BYTES, score_tile
 from .softmax import normalize_panel, softmax_panel, start_softmax
 from .task import report_item, take_item, task_at
 from .vector import load, load_int, mul, splat, store

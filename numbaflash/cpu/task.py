@@ -6,10 +6,9 @@ from .jit import native
 from .record import Record, record_at
 from .vector import atomic_add, atomic_load
 
-__all__ = ["BOOL_BIAS", "ITEMS_DONE", "NO_BIAS", "Task", "next_item", "report_item", "take_item", "task_at"]
+__all__ = ["ITEMS_DONE", "NO_BIAS", "Task", "next_item", "report_item", "take_item", "task_at"]
 
 # What bias_dtype says beside the codes of the dtypes.
-BOOL_BIAS = 3
 NO_BIAS = -1
 
 # Addresses and strides are in bytes; an address of 0 means that the call has no such array.

@@ -14,7 +14,7 @@ from numba.core import cgutils
 from numba.extending import models, register_model
 
 from . import emit
-from .emit import BFLOAT16, FLOAT16, FLOAT32, I32, I64, LANES, VECTOR
+from .emit import BFLOAT16, BOOL, FLOAT16, FLOAT32, I32, I64, LANES, VECTOR
 from .intrinsics import Emitter, instruction
 from .target import TARGET
 
@@ -42,6 +42,7 @@ __all__ = [
     "load_float16",
     "load_int",
     "load_one_bfloat16",
+    "load_one_bool",
     "load_one_float16",
     "maximum",
     "minimum",
@@ -176,10 +177,11 @@ def _scalar_store(dtype: int) -> Any:
     return instruction(types.void, (types.int64, types.float32), emitter)
 
 
-# float16 and bfloat16 become float32 in the register, and are rounded to nearest even on the way back.
+# float16 and bfloat16 become float32 in the register, and are rounded to nearest even on the way back; True becomes 0,
+# and False -inf.
 load, load_float16, load_bfloat16 = map(_vector_load, (FLOAT32, FLOAT16, BFLOAT16))
 store, store_float16, store_bfloat16 = map(_vector_store, (FLOAT32, FLOAT16, BFLOAT16))
-load_float, load_one_float16, load_one_bfloat16 = map(_scalar_load, (FLOAT32, FLOAT16, BFLOAT16))
+load_float, load_one_float16, load_one_bfloat16, load_one_bool = map(_scalar_load, (FLOAT32, FLOAT16, BFLOAT16, BOOL))
 store_float, store_one_float16, store_one_bfloat16 = map(_scalar_store, (FLOAT32, FLOAT16, BFLOAT16))
 
 
