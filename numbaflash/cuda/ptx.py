@@ -26,6 +26,7 @@ __all__ = [
     "B64",
     "F32",
     "absolute",
+    "add_bias",
     "bf16_to_f32",
     "block_x",
     "block_y",
@@ -38,7 +39,6 @@ __all__ = [
     "device_intrinsic",
     "exp2",
     "f16_to_f32",
-    "hide_where_infinite",
     "keep_where_byte",
     "lane_id",
     "ldmatrix_x4",
@@ -373,11 +373,18 @@ def keep_where_byte(address: B64, x: F32) -> F32:
     """Return x where the byte at `address` is not 0, else -inf."""
 
 
+# The constants: minus infinity; the lowest bias that is finite in base 2, as which masks made of the lowest float32
+# count; log2(e).
 @_instruction(
-    "{ .reg .pred hides; setp.eq.f32 hides, $1, 0fFF800000; selp.f32 $0, 0fFF800000, $2, hides; }", touches="nothing"
+    "{ .reg .pred hides; .reg .f32 sum; setp.eq.f32 hides, $1, 0fFF800000; max.NaN.f32 sum, $1, 0fFF317216; "
+    "fma.rn.f32 sum, sum, 0f3FB8AA3B, $2; selp.f32 $0, 0fFF800000, sum, hides; }",
+    touches="nothing",
 )
-def hide_where_infinite(bias: F32, x: F32) -> F32:
-    """Return -inf where `bias` is -inf, else x; emitted where it stands, so that no load waits for it in a register."""
+def add_bias(bias: F32, score: F32) -> F32:
+    """Return score + bias * log2(e), and -inf where `bias` is -inf, be the score NaN.
+
+    Emitted where it stands, so that no load waits for it in a register.
+    """
 
 
 # ---- arithmetic -------------------------------------------------------------------------------------------------

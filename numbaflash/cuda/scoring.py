@@ -15,7 +15,6 @@ from numba.cuda import types
 from . import ptx
 from .products import WarpTile
 from .ptx import B32, B64, F32, constant, device_intrinsic
-from .softmax import LOG2_E
 from .tile import Registers, column_offset, row_offset
 
 __all__ = ["Scoring", "mask_scores", "score_pairs"]
@@ -136,5 +135,4 @@ def _biased(builder: ir.IRBuilder, kind: str, score: ir.Value, address: ir.Value
     else:
         widen = ptx.bf16_to_f32 if kind == "bfloat16" else ptx.f16_to_f32
         bias = widen.emit(builder, ptx.load_global_b16.emit(builder, address))
-    # A bias of -inf hides the key whatever its score, be it NaN.
-    return ptx.hide_where_infinite.emit(builder, bias, builder.fma(bias, constant(F32, LOG2_E), score))
+    return ptx.add_bias.emit(builder, bias, score)

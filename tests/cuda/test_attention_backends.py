@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -298,3 +299,13 @@ def test_memory_that_is_not_the_hosts_or_a_gpus_is_refused():
     with pytest.raises(ValueError, match="x must be in host memory"):
         view(torch.zeros(1, device="meta"), "x")
     assert isinstance(view(OnGpu(512, (1,), None, np.dtype("f4")), "x"), DeviceArray)
+
+
+@pytest.mark.parametrize("algorithm", ["standard", "v1", "v2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_lowest_finite_bias_forbids_no_key(dtype, algorithm):
+    q, k, v = tokens(dtype=dtype, batch=1)
+    bias = np.zeros((70, 150), dtype)
+    bias[0] = bias[1, 5:] = ml_dtypes.finfo(dtype).min
+    out = numbaflash.attention(q, k, v, bias=bias, algorithm=algorithm, backend="emulated")
+    assert_close(out, expected(q, k, v, bias=bias)[0])
