@@ -8,8 +8,9 @@ from ..problem import MAX_HEAD_DIM
 from .codes import is_quantized
 from .emit import FLOAT32
 from .jit import native
+from .micro import TILE_ROWS
 from .panel import query_position
-from .rows import CACHE_LINE, clear, padded, widen_row
+from .rows import CACHE_LINE, clear, padded, widen_rows
 from .runs import K_TOKEN_STRIDE, START, V_TOKEN_STRIDE
 from .unpack import unpack_tokens
 from .vector import load_int, prefetch, store_float
@@ -33,10 +34,11 @@ TILE_BYTES = 4 * TILE_KEYS * (2 * MAX_HEAD_DIM + 1)
 
 
 class Tile(NamedTuple):
-    """Keys and values at `position` to `position + TILE_KEYS`, as float32 rows, with zeros where there is no token.
+    """Keys and values at `position` to `position + TILE_KEYS`, as float32 rows.
 
     The first key that exists is `first`, the last is before `last`; if any between them is `missing`, the floats at
-    `exists` tell which. Its tokens lie in run `run` and on.
+    `exists` tell which. Up to `last`, and on to a multiple of TILE_ROWS, there are zeros where there is no token. Its
+    tokens lie in run `run` and on.
     """
 
     position: int
@@ -90,19 +92,17 @@ def load_tile(task, sequence, kv_head, run, position, memory):
             _leave_out(keys, k_row, values, v_row, exists, last, low)
             k_token, v_token = run_field(task, run, K_TOKEN_STRIDE), run_field(task, run, V_TOKEN_STRIDE)
             k, v = key_at(task, run, kv_head, position + low), value_at(task, run, kv_head, position + low)
+            to, at = keys + low * k_row, values + low * v_row
             if is_quantized(task, run):
-                to, at = keys + low * k_row, values + low * v_row
                 unpack_tokens(task, run, kv_head, position + low, high - low, to, k_row, at, v_row)
+            else:
+                widen_rows(to, k_row, k, k_token, high - low, task.head_dim, task.kv_dtype)
+                widen_rows(at, v_row, v, v_token, high - low, task.value_dim, task.kv_dtype)
             for n in range(low, high):
-                if not is_quantized(task, run):
-                    widen_row(keys + n * k_row, k, task.head_dim, task.kv_dtype)
-                    widen_row(values + n * v_row, v, task.value_dim, task.kv_dtype)
                 store_float(exists + 4 * n, 1.0)
-                k += k_token
-                v += v_token
             first, last = min(first, low), high
         run += 1
-    _leave_out(keys, k_row, values, v_row, exists, last, TILE_KEYS)
+    _leave_out(keys, k_row, values, v_row, exists, last, (last + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS)
     return Tile(position, first_run, keys, k_row, values, v_row, exists, first, last, missing)
 
 
@@ -111,14 +111,20 @@ def prefetch_tile(task, sequence, kv_head, run, position, part, parts):
     """Bring one of `parts` equal parts of the tile at `position` closer, while another tile is computed with."""
     size = 4 if task.kv_dtype == FLOAT32 else 2
     stop = load_int(task.bounds + 8 * sequence + 8)
-    for n in range(part * TILE_KEYS // parts, (part + 1) * TILE_KEYS // parts):
-        run = skip_runs(task, sequence, run, position + n)
-        if run < stop and run_field(task, run, START) <= position + n:
-            k, v = key_at(task, run, kv_head, position + n), value_at(task, run, kv_head, position + n)
+    low, high = position + part * TILE_KEYS // parts, position + (part + 1) * TILE_KEYS // parts
+    run = skip_runs(task, sequence, run, low)
+    while run < stop and low < high:
+        low, end = max(low, run_field(task, run, START)), min(high, run_end(task, run))
+        k, v = key_at(task, run, kv_head, low), value_at(task, run, kv_head, low)
+        for _ in range(low, end):
             for line in range(0, size * task.head_dim, CACHE_LINE):
                 prefetch(k + line)
             for line in range(0, size * task.value_dim, CACHE_LINE):
                 prefetch(v + line)
+            k += run_field(task, run, K_TOKEN_STRIDE)
+            v += run_field(task, run, V_TOKEN_STRIDE)
+        low = max(low, end)
+        run += 1
 
 
 @native

@@ -23,7 +23,7 @@ from .vector import (
     store_one_float16,
 )
 
-__all__ = ["CACHE_LINE", "VECTOR_BYTES", "clear", "load_element", "narrow_row", "padded", "widen_row"]
+__all__ = ["CACHE_LINE", "VECTOR_BYTES", "clear", "load_element", "narrow_row", "padded", "widen_row", "widen_rows"]
 
 VECTOR_BYTES = 4 * LANES
 CACHE_LINE = 64
@@ -57,21 +57,30 @@ def load_element(source, dtype):
 @native
 def widen_row(target, source, dim, dtype):
     """Write `dim` elements of `dtype` as float32, and zeros up to whole vectors."""
+    widen_rows(target, 0, source, 0, 1, dim, dtype)
+
+
+@native
+def widen_rows(target, target_row, source, source_row, count, dim, dtype):
+    """Do what `widen_row` does to `count` rows: a function call for each takes as long as the row, if it is short."""
     whole = dim // LANES * LANES
-    if dtype == FLOAT32:
-        for i in range(0, whole, LANES):
-            store(target + 4 * i, load(source + 4 * i))
-    elif dtype == FLOAT16:
-        for i in range(0, whole, LANES):
-            store(target + 4 * i, load_float16(source + 2 * i))
-    else:
-        for i in range(0, whole, LANES):
-            store(target + 4 * i, load_bfloat16(source + 2 * i))
-    if whole < dim:
-        size = 4 if dtype == FLOAT32 else 2
-        store(target + 4 * whole, splat(0.0))
-        for i in range(whole, dim):
-            store_float(target + 4 * i, load_element(source + size * i, dtype))
+    size = 4 if dtype == FLOAT32 else 2
+    for _ in range(count):
+        if dtype == FLOAT32:
+            for i in range(0, whole, LANES):
+                store(target + 4 * i, load(source + 4 * i))
+        elif dtype == FLOAT16:
+            for i in range(0, whole, LANES):
+                store(target + 4 * i, load_float16(source + 2 * i))
+        else:
+            for i in range(0, whole, LANES):
+                store(target + 4 * i, load_bfloat16(source + 2 * i))
+        if whole < dim:
+            store(target + 4 * whole, splat(0.0))
+            for i in range(whole, dim):
+                store_float(target + 4 * i, load_element(source + size * i, dtype))
+        target += target_row
+        source += source_row
 
 
 @native

@@ -136,4 +136,4 @@ def weigh_all(task, panel, weights, ones, scratch, exact):
         tile = load_tile(task, panel.sequence, panel.kv_head, run, position, scratch + _TILE)
         run = tile.run
         p = weights + position * panel.vectors * VECTOR_BYTES
-        weigh_panel(task, panel, tile.values, tile.value_row, p, TILE_KEYS, scratch + _OUT, ones, exact)
+        weigh_panel(task, panel, tile.values, tile.value_row, p, tile.last, scratch + _OUT, ones, exact)
