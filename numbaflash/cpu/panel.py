@@ -77,7 +77,7 @@ def query_rows(task, sequence):
 @native
 def query_token(task, row):
     """The token that a row belongs to."""
-    return row // task.group
+    return np.int64(np.uint64(row) // np.uint64(task.group))  # where signs count, a division takes three times as long
 
 
 @native
@@ -89,7 +89,7 @@ def _stored_token(task, sequence, row):
 @native
 def query_head(task, kv_head, row):
     """The query head that a row belongs to."""
-    return kv_head * task.group + row % task.group
+    return kv_head * task.group + np.int64(np.uint64(row) % np.uint64(task.group))
 
 
 @native
