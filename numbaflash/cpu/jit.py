@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from numba import njit
+from numba import njit, types
 from numba.core.caching import FunctionCache
 
-__all__ = ["kernel", "native", "piece"]
+__all__ = ["entry_point", "kernel", "native", "piece"]
 
 # A part of a kernel. Only compiled code calls it: wrappers for Python and C would take a fifth more time to compile.
 _PART: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
@@ -33,6 +34,16 @@ def kernel(function: Callable[..., int | None]) -> Any:
     except RuntimeError:  # Numba found no directory to write to
         return dispatcher
     return dispatcher
+
+
+@functools.cache
+def entry_point(kernel: Any) -> int:
+    """The address of a kernel of two integers, as C calls it; without the GIL it may be called as with it."""
+    arguments = (types.int64, types.int64)
+    kernel.compile(arguments)
+    compiled = kernel.overloads[arguments]
+    address: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
+    return address
 
 
 def _digest_of_sources() -> str:

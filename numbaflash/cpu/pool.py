@@ -18,19 +18,16 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import types
-from numpy.typing import NDArray
 
-from .jit import kernel
-from .task import ITEMS_DONE, Task, task_at
-from .vector import atomic_load, pause
+from .jit import entry_point
+from .record import address_of_array
+from .standby import BOX_BYTES, LEAST_SCRATCH, STAND_BY_NS, await_items, offer, stand_by
+from .task import Task
 
 __all__ = ["run", "start_helpers", "thread_count"]
 
-_SPINS = 2000  # pauses of some 40 to 140 cycles: about 50 us
-_NAP_MICROSECONDS = 50
-
-_usleep: Any = types.ExternalFunction("usleep", types.int32(types.uint32))
+_MOST_HELPERS = 255
+_SOON_NS = 2 * STAND_BY_NS  # from the end of a task until a helper has woken up for the next
 
 _current_cpu: Any = getattr(ctypes.CDLL(None), "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
 
@@ -38,7 +35,7 @@ _current_cpu: Any = getattr(ctypes.CDLL(None), "sched_getcpu", None) if hasattr(
 def thread_count() -> int:
     """Threads that a call may use: the CPUs that this process may run on, or NUMBA_NUM_THREADS."""
     count: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # Numba sets it by its name
-    return count
+    return min(count, _MOST_HELPERS + 1)
 
 
 def run(kernel: Any, task: Task, scratch_bytes: int, helpers: int, keep_alive: tuple[Any, ...]) -> None:
@@ -53,10 +50,10 @@ def run(kernel: Any, task: Task, scratch_bytes: int, helpers: int, keep_alive: t
     """
     try:
         if helpers > 0:
-            _helpers.ask(helpers, (kernel, task, scratch_bytes, keep_alive))
+            _helpers.ask(helpers, (kernel, task, keep_alive), scratch_bytes)
     finally:
         # Even when Ctrl-C comes in between, nobody may be left writing when the caller gives the memory away.
-        _complete(kernel, task.address, _scratch(scratch_bytes), alone=helpers <= 0)
+        _complete(kernel, task.address, _scratch.of(scratch_bytes), alone=helpers <= 0)
 
 
 def start_helpers() -> None:
@@ -71,25 +68,12 @@ def _complete(kernel: Any, task_address: int, scratch: int, *, alone: bool) -> N
             with _exit:
                 kernel(task_address, scratch)
                 if not alone:
-                    _await_items(task_address)
+                    await_items(task_address, *_helpers.boxes)
             break
         except KeyboardInterrupt as error:
             interrupt = error
     if interrupt is not None:
         raise interrupt
-
-
-@kernel
-def _await_items(task_address):
-    """Return when all items are done, the helpers' included."""
-    items = task_at(task_address).items
-    spins = 0
-    while atomic_load(task_address + ITEMS_DONE) < items:
-        if spins < _SPINS:
-            spins += 1
-            pause()
-        else:
-            _usleep(_NAP_MICROSECONDS)
 
 
 class _Exit:
@@ -124,7 +108,7 @@ class _Exit:
             self._running += more
 
 
-_Job = tuple[Any, Task, int, tuple[Any, ...]]
+_Job = tuple[Any, Task, tuple[Any, ...]]
 
 
 class _Helpers:
@@ -133,6 +117,9 @@ class _Helpers:
     They run on all CPUs but the caller's. The kernel of a virtual machine takes a CPU that has slept for some 10 ms for
     one that its host gave to somebody else, and wakes a helper on the caller's CPU instead, where the two take turns:
     a decode of 4 ms took 7 after a pause of 50 ms.
+
+    They sleep, but where one task soon follows another: there they stand by for the next, as threads of OpenMP do for a
+    hundred times as long. Between the layers of a model, whose products of matrices want all CPUs, nobody stands by.
     """
 
     def __init__(self) -> None:
@@ -141,23 +128,34 @@ class _Helpers:
         self._cpus: set[int] = set()
         self._left: int | None = None  # to the caller
         self._lock = threading.Lock()
+        self._scratch_bytes = LEAST_SCRATCH  # the most that any task has wanted
+        self._boxes = np.zeros(_MOST_HELPERS * BOX_BYTES, np.uint8)
 
-    def ask(self, count: int, job: _Job) -> None:
+    @property
+    def boxes(self) -> tuple[int, int]:
+        """Address of the helpers' boxes, and how many there are."""
+        return address_of_array(self._boxes), len(self._threads)
+
+    def ask(self, count: int, job: _Job, scratch_bytes: int) -> None:
         """Let `count` helpers join in; the job's references hold the memory until each has seen it."""
         if len(self._threads) < count:
             self.start(count)
         if _current_cpu and (cpu := _current_cpu()) != self._left:
             self._leave(cpu)
-        for _ in range(count):
+        kernel, task, _ = job
+        self._scratch_bytes = max(self._scratch_bytes, scratch_bytes)
+        task.set_from("entry", entry_point(kernel), scratch_bytes)
+        for _ in range(offer(*self.boxes, count, task.address)):
             self._jobs.put(job)
 
     def start(self, count: int) -> None:
         """See that there are `count` helpers."""
         with self._lock:
             while len(self._threads) < count:
-                name = f"numbaflash-{len(self._threads)}"
-                self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
-                self._threads[-1].start()
+                number = len(self._threads)
+                thread = threading.Thread(target=self._work, args=(number,), name=f"numbaflash-{number}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
             if _current_cpu:
                 self._cpus, self._left = os.sched_getaffinity(0), None  # threads inherit it
 
@@ -169,27 +167,36 @@ class _Helpers:
                     assert thread.native_id
                     os.sched_setaffinity(thread.native_id, others)
 
-    def _work(self) -> None:
+    def _work(self, number: int) -> None:
+        box = address_of_array(self._boxes) + number * BOX_BYTES
+        idle_since = 0
         while True:
-            kernel, task, scratch_bytes, keep_alive = self._jobs.get()
+            kernel, task, keep_alive = self._jobs.get()
+            is_soon = 0 <= time.monotonic_ns() - idle_since < _SOON_NS
             with _exit:
-                kernel(task.address, _scratch(scratch_bytes))
-            del kernel, task, keep_alive
+                kernel(task.address, _scratch.of(self._scratch_bytes))
+                del kernel, task, keep_alive
+                idle_since = max(idle_since, time.monotonic_ns())
+                if is_soon:
+                    idle_since = stand_by(box, _scratch.address, _scratch.nbytes)
+
+
+class _Scratch(threading.local):
+    """A thread's scratch memory, aligned to a cache line and kept for the next call."""
+
+    address = nbytes = 0
+
+    def of(self, nbytes: int) -> int:
+        """Return the address of so many bytes, or more."""
+        if self.nbytes < nbytes:
+            self._block = np.empty(nbytes + 64, np.uint8)
+            self.address, self.nbytes = (address_of_array(self._block) + 63) // 64 * 64, nbytes
+        return self.address
 
 
 _helpers = _Helpers()
 _exit = _Exit()
-_memory = threading.local()
-
-
-def _scratch(nbytes: int) -> int:
-    """Address of this thread's scratch memory, aligned to a cache line and kept for the next call."""
-    block: NDArray[np.uint8] | None = getattr(_memory, "block", None)
-    if block is None or block.nbytes < nbytes + 64:
-        block = _memory.block = np.empty(nbytes + 64, np.uint8)
-        _memory.address = (block.ctypes.data + 63) // 64 * 64
-    address: int = _memory.address
-    return address
+_scratch = _Scratch()
 
 
 def _forget_threads() -> None:

@@ -31,6 +31,8 @@ _INTEGERS = (
     *("bias", "bias_batch", "bias_head", "bias_row", "bias_key", "bias_dtype"),
     # What an algorithm keeps between items, in its own layout; and, in decode, how many splits of a unit are done.
     *("workspace", "splits_done"),
+    # For helpers: the address of the kernel, and the memory that it wants for each thread.
+    *("entry", "scratch_bytes"),
 )
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "atomic_add",
     "atomic_load",
     "both",
+    "compare_and_swap",
     "copy_bytes",
     "div",
     "either",
@@ -197,6 +198,11 @@ def _atomic_load(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
     return builder.load_atomic(builder.inttoptr(address, I64.as_pointer()), "acquire", 8)
 
 
+def _compare_and_swap(builder: ir.IRBuilder, address: ir.Value, expected: ir.Value, wanted: ir.Value) -> ir.Value:
+    pair = builder.cmpxchg(builder.inttoptr(address, I64.as_pointer()), expected, wanted, "acq_rel", "acquire")
+    return builder.extract_value(pair, 1)
+
+
 def _pause(builder: ir.IRBuilder) -> None:
     name, operands = ("llvm.x86.sse2.pause", []) if TARGET.is_x86 else ("llvm.aarch64.hint", [ir.Constant(I32, 1)])
     kind = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
@@ -220,5 +226,7 @@ copy_bytes = instruction(types.void, (types.int64,) * 3, _copy_bytes)  # target,
 load_byte = instruction(types.int64, (types.int64,), _load_byte)
 prefetch = instruction(types.void, (types.int64,), emit.prefetch)
 atomic_add = instruction(types.int64, (types.int64, types.int64), _atomic_add)  # returns the value before
+# Writes the last operand where the second one is found, and says whether it was.
+compare_and_swap = instruction(types.boolean, (types.int64,) * 3, _compare_and_swap)
 pause = instruction(types.void, (), _pause)  # tells the core that this is a spin loop
 atomic_load = instruction(types.int64, (types.int64,), _atomic_load)
