@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from .runs import COUNT, START, KVRuns, Visibility
 from .standard import STANDARD_SCRATCH, standard_scores, standard_softmax, standard_values
 from .task import Task
 
-__all__ = ["SPLIT_KV_MAX_TOKENS", "attend_runs", "attention", "readable"]
+__all__ = ["attend_planned", "attend_runs", "attention", "readable"]
 
 # Less than that is done before a second thread has woken up: K and V read by decode, multiply-adds of a prefill.
 _SHARED_FROM_BYTES = 1 << 20
@@ -48,16 +49,31 @@ def attention(
     """
     q, k, v = readable(q), readable(k), readable(v)
     plan = plan_tensors(problem, q.strides, k.strides, v.strides)
-    call = _Call(plan, plan.task.copy(), q, k, v)
+    out, lse = np.empty(plan.out_shape, q.dtype), np.empty(plan.lse_shape, np.float32)
+    arrays = q, k, v, out, lse
+    attend_planned(plan, map(address_of_array, arrays), arrays, algorithm)
+    return out, lse
+
+
+def attend_planned(plan: Plan, addresses: Iterable[int], keep_alive: tuple[Any, ...], algorithm: str = "v2") -> None:
+    """Solve what `plan_tensors` has planned.
+
+    Args:
+        plan: For the shapes and strides of these tensors.
+        addresses: Of q's, k's and v's first elements, aligned to their size; of memory for `plan.out_shape` in the same
+            dtype, and for `plan.lse_shape` in float32, both contiguous.
+        keep_alive: What the addresses point into.
+        algorithm: "v2", "v1" or "standard".
+    """
     if plan.is_empty:
-        return call.out, call.lse
+        return
+    call = _Call(plan, plan.task.copy(), addresses, keep_alive)
     if algorithm == "standard":
         call.standard()
     elif algorithm == "v1":
         call.flash_v1()
     else:
         call.flash_v2()
-    return call.out, call.lse
 
 
 def attend_runs(
@@ -86,26 +102,21 @@ def attend_runs(
     """
     q = readable(q)
     plan = Plan(q.shape, q.strides, q.dtype, runs, visibility, scoring, q_bounds)
-    call = _Call(plan, plan.task, q)
+    out, lse = np.empty(plan.out_shape, q.dtype), np.empty(plan.lse_shape, np.float32)
     if not plan.is_empty:
-        call.flash_v2()
-    return call.out, call.lse
+        addresses = address_of_array(q), 0, 0, address_of_array(out), address_of_array(lse)
+        _Call(plan, plan.task, addresses, (q, out, lse)).flash_v2()
+    return out, lse
 
 
 class _Call:
-    """One call: its outputs, its task, and everything that the task's addresses point into."""
+    """One call: its plan, its task, and everything that the task's addresses point into."""
 
-    def __init__(
-        self, plan: Plan, task: Task, q: NDArray[Any], k: NDArray[Any] | None = None, v: NDArray[Any] | None = None
-    ) -> None:
-        """Take a plan and a task of its own; k and v are what a plan for tensors counts its addresses from."""
-        self.out = np.empty(plan.out_shape, q.dtype)
-        self.lse = np.empty(plan.lse_shape, np.float32)
+    def __init__(self, plan: Plan, task: Task, addresses: Iterable[int], keep_alive: tuple[Any, ...]) -> None:
+        """Take a plan and a task of its own; addresses are of q, what those in runs count from, and the outputs."""
         self._plan, self._task = plan, task
-        self._keep_alive: tuple[Any, ...] = (plan, q, k, v, self.out, self.lse)
-        addresses = map(address_of_array, (q, self.out, self.lse))
-        bases = (0, 0) if k is None or v is None else (address_of_array(k), address_of_array(v))
-        task.set_from("q", *addresses, *bases)
+        self._keep_alive: tuple[Any, ...] = (plan, keep_alive)
+        task.set_from("q", *addresses)
 
     def flash_v2(self) -> None:
         """FlashAttention-2; by split-KV where there are few query tokens."""

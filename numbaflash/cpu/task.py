@@ -19,7 +19,7 @@ _INTEGERS = (
     *("sequences", "q_tokens", "q_heads", "kv_heads", "group", "head_dim", "value_dim", "q_dtype", "kv_dtype"),
     *("out_batch", "out_token", "out_head", "lse_batch", "lse_head", "lse_token"),
     # Where the call's arrays lie, and what the addresses in runs count from: 0, or the first key and the first value.
-    *("q", "out", "lse", "k_base", "v_base"),
+    *("q", "k_base", "v_base", "out", "lse"),
     # Where KVRuns and Visibility lie.
     *("q_batch", "q_token", "q_head", "runs", "bounds", "q_start", "left", "right", "sinks"),
     # Where sequences have different numbers of tokens, and lie one behind the other (q_batch is 0 then).

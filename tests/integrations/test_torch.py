@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import numbaflash
-from numbaflash.integrations import torch as door
+from numbaflash.cpu import solve
 from numbaflash.integrations.torch import attention, attention_heads_first, sdpa
 
 
@@ -166,8 +167,8 @@ def test_sdpa_computes_what_pytorch_computes(
     lengths: tuple[int, int], options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    attention = door.api.attention
-    monkeypatch.setattr(door.api, "attention", lambda *args, **named: calls.append(1) or attention(*args, **named))
+    run = solve.run
+    monkeypatch.setattr(solve, "run", lambda *args: calls.append(1) or run(*args))
     tensors = heads_first(*lengths)
     expected = F.scaled_dot_product_attention(*tensors, **options)
     with sdpa():
@@ -228,8 +229,8 @@ def test_sdpa_leaves_pytorchs_own_errors_to_pytorch() -> None:
 
 def test_sdpa_serves_its_own_thread_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    attention = door.api.attention
-    monkeypatch.setattr(door.api, "attention", lambda *args, **named: calls.append(1) or attention(*args, **named))
+    run = solve.run
+    monkeypatch.setattr(solve, "run", lambda *args: calls.append(1) or run(*args))
     tensors = heads_first()
     with sdpa():
         other = threading.Thread(target=lambda: F.scaled_dot_product_attention(*tensors))
@@ -237,6 +238,61 @@ def test_sdpa_serves_its_own_thread_until_it_ends(monkeypatch: pytest.MonkeyPatc
         other.join()
     F.scaled_dot_product_attention(*tensors)
     assert calls == []
+
+
+def bytes_of(x: torch.Tensor) -> bytes:
+    return x.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+LAYOUTS = {
+    "tokens first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "every other token": lambda x: x.repeat_interleave(2, dim=2)[:, :, ::2],
+    "one head for all": lambda x: x[:, :1].expand(x.shape),
+    "rows not contiguous": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "misaligned": lambda x: torch.frombuffer(bytearray(b"x" + bytes_of(x)), dtype=x.dtype, offset=1).view(x.shape),
+}
+
+
+@pytest.mark.parametrize("tokens", [(1, 70), (30, 70)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_tensors_of_one_shape_may_lie_in_any_way(name: str, dtype: torch.dtype, tokens: tuple[int, int]) -> None:
+    lay = LAYOUTS[name]
+    q, k, v = (x.to(dtype) for x in heads_first(*tokens))
+    for arrays in ((q, k, v), (lay(q), lay(k), lay(v)), (q, lay(k), v), (q, k, v)):
+        expected = F.scaled_dot_product_attention(*(x.float() for x in arrays), enable_gqa=True)
+        got = attention_heads_first(*arrays).transpose(1, 2)
+        torch.testing.assert_close(got, expected.to(dtype), rtol=1.1 * torch.finfo(dtype).eps, atol=4e-6)
+
+
+def test_a_tensor_that_is_negated_lazily_is_refused() -> None:
+    q, k, v = heads_first()
+    with pytest.raises(TypeError, match="negative bit"):
+        attention_heads_first(torch.complex(k, q).conj().imag, k, v)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"scale": True}, TypeError),
+        ({"softcap": -1.0}, ValueError),
+        ({"window": (1.0, None)}, TypeError),
+        ({"window": (-1, None)}, ValueError),
+    ],
+)
+def test_a_wrong_option_is_refused_though_one_that_equals_it_was_taken(
+    change: dict[str, Any], error: type[Exception]
+) -> None:
+    tensors = heads_first()
+    attention_heads_first(*tensors, scale=1.0, softcap=1.0, window=(1, None))
+    with pytest.raises(error, match=next(iter(change))):
+        attention_heads_first(*tensors, **{"scale": 1.0, "softcap": 1.0, "window": (1, None)} | change)
+
+
+@pytest.mark.parametrize("shapes", [((2, 4, 6, 16), (2, 3, 6, 16)), ((2, 4, 6, 16), (2, 4, 6, 8)), ((4, 6, 16),) * 2])
+def test_wrong_shapes_are_named(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    with pytest.raises(ValueError, match="must have"):
+        attention_heads_first(normal(*shapes[0]), normal(*shapes[1]), normal(*shapes[1]))
 
 
 # Whoever calls, they are seen to: a call that went past them would read memory that is not there, or be a constant.
