@@ -161,7 +161,7 @@ def test_a_cpu_with_shorter_vectors_gives_the_same_results(settings: dict[str, s
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     tests = [
         f"{os.path.dirname(__file__)}/{name}.py"
-        for name in ("test_attention", "test_codes", "test_laws", "test_vector")
+        for name in ("test_attention", "test_bias", "test_codes", "test_laws", "test_vector")
     ]
     without_compiling_the_rest = ["-k", "not standard and not v1"]
     command = [
