@@ -36,7 +36,7 @@ _ASLEEP, _STANDING_BY = 0, 1
 STAND_BY_NS = 150_000
 _STRETCH_NS = 10_000_000  # until a helper looks at last what else there is to do
 # Two looks at the clock that are so far apart show that somebody else had the CPU, such as a thread of OpenMP that
-# stands by as well: the two would take turns, of milliseconds. So long nobody stands by then.
+# stands by as well: the two would take turns, of milliseconds. The helper sleeps between tasks then, for so long.
 _LOST_NS, _GIVE_WAY_NS = 50_000, 20_000_000
 _PAUSES = 16  # of some 40 to 140 cycles, between two looks at the clock
 _SPINS = 2000  # about 50 us
