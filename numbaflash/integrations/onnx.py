@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx.reference.op_run import OpRun
 
+from ..api import attention
 from ..cpu import UNBOUNDED, Visibility, attend_runs, readable
 from ..flash_attn.paged import join_runs, sequence_runs
 from ..problem import check_dtype, check_heads, describe_scoring
@@ -68,13 +69,24 @@ class Attention(OpRun):
         if past_key is not None and past_value is not None:
             past = past_key.shape[2]
             k, v = np.concatenate((past_key, k), axis=2), np.concatenate((past_value, v), axis=2)
-        problem = _Problem(q, k, v, past, nonpad_kv_seqlen, scale, softcap or 0.0, attn_mask)
-        problem.see(bool(is_causal), left_window_size, right_window_size)
-        out = problem.solve()
-        out = out.reshape(*out.shape[:2], -1) if packed else out.swapaxes(1, 2)
+        _check_shapes(q, k, v)
+        left, right = _side("left_window_size", left_window_size), _side("right_window_size", right_window_size)
+        right = 0 if is_causal else right
+        cap = softcap or 0.0
         wanted = len(self.onnx_node.output)
-        results: tuple[NDArray[Any], ...] = (out, k, v)[:wanted]
-        return (*results, problem.scores(qk_matmul_output_mode)) if wanted > 3 else results
+        scores: tuple[NDArray[Any], ...] = ()
+        sees_all = left is None and right is None
+        is_plain = attn_mask is None and nonpad_kv_seqlen is None and wanted <= 3
+        if is_plain and (sees_all or past + q.shape[2] == k.shape[2]):  # the last query stands at the last key
+            tokens_first = (array.swapaxes(1, 2) for array in (q, k, v))
+            out = attention(*tokens_first, scale=scale, softcap=cap, window=(left, right), backend="cpu")
+        else:
+            problem = _Problem(q, k, v, past, nonpad_kv_seqlen, scale, cap, attn_mask)
+            problem.see(left, right)
+            out = problem.solve()
+            scores = (problem.scores(qk_matmul_output_mode),) if wanted > 3 else ()
+        out = out.reshape(*out.shape[:2], -1) if packed else out.swapaxes(1, 2)
+        return *(out, k, v)[:wanted], *scores
 
 
 class _Problem:
@@ -91,13 +103,8 @@ class _Problem:
         softcap: float,
         mask: NDArray[Any] | None,
     ) -> None:
-        dtype = check_dtype(Q=q, K=k, V=v)
         batch, heads, tokens, head_dim = q.shape
         total = k.shape[2]
-        check_heads(heads, k.shape[1])
-        for name, array, shape in (("K", k, (batch, *k.shape[1:3], head_dim)), ("V", v, (*k.shape[:3], v.shape[3]))):
-            if array.shape != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
         self._q, self._k, self._v = q, k, v
         self._lengths = np.full(batch, total)
         offset = np.full(batch, past)
@@ -106,7 +113,7 @@ class _Problem:
             if self._lengths.shape != (batch,) or not ((self._lengths >= 0) & (self._lengths <= total)).all():
                 raise ValueError(f"nonpad_kv_seqlen must be {batch} numbers from 0 to {total}, got {lengths.tolist()}")
             offset = self._lengths - tokens
-        self._bias = None if mask is None else _padded_mask(mask, dtype, (batch, heads, tokens, total))
+        self._bias = None if mask is None else _padded_mask(mask, q.dtype, (batch, heads, tokens, total))
         self._scoring = describe_scoring(
             batch=batch, q_heads=heads, head_dim=head_dim, scale=scale, softcap=softcap, bias=self._bias
         )
@@ -117,18 +124,11 @@ class _Problem:
             sinks=np.zeros(batch, np.int64),
         )
 
-    def see(self, causal: bool, left: int | None, right: int | None) -> None:
-        """Restrict what each query sees; None and -1 are unbounded."""
-        for name, side, bound in (
-            ("left_window_size", left, self._visibility.left),
-            ("right_window_size", right, self._visibility.right),
-        ):
-            if side is not None and side < -1:
-                raise ValueError(f"{name} must be -1 or more, got {side}")
-            if side is not None and side >= 0:
+    def see(self, left: int | None, right: int | None) -> None:
+        """Restrict what each query sees; None is unbounded."""
+        for side, bound in ((left, self._visibility.left), (right, self._visibility.right)):
+            if side is not None:
                 bound[:] = min(side, UNBOUNDED)
-        if causal:
-            self._visibility.right[:] = 0
 
     def solve(self) -> NDArray[Any]:
         """Return the output, (batch, tokens, heads, value_dim)."""
@@ -211,6 +211,26 @@ class TensorScatter(OpRun):
         present = past_cache.copy()
         np.moveaxis(present, axis, 1)[np.arange(batch)[:, None], places] = np.moveaxis(update, axis, 1)
         return (present,)
+
+
+def _check_shapes(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any]) -> None:
+    check_dtype(Q=q, K=k, V=v)
+    check_heads(q.shape[1], k.shape[1])
+    for name, array, shape in (
+        ("K", k, (len(q), *k.shape[1:3], q.shape[3])),
+        ("V", v, (*k.shape[:3], v.shape[3])),
+    ):
+        if array.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+
+
+def _side(name: str, tokens: int | None) -> int | None:
+    """A side of the window; None is unbounded."""
+    if tokens is None or tokens == -1:
+        return None
+    if tokens < -1:
+        raise ValueError(f"{name} must be -1 or more, got {tokens}")
+    return tokens
 
 
 def _heads_first(name: str, array: NDArray[Any], heads: int | None) -> NDArray[Any]:
