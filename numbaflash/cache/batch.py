@@ -55,9 +55,10 @@ def attention_batch(
             raise TypeError(f"caches must hold RingKVCache objects, got {type(cache).__name__}")
     if len({id(cache) for cache in caches}) != len(caches):
         raise ValueError("caches must not hold the same cache twice")
-    kinds = {(cache.num_kv_heads, cache.head_dim, cache.dtype.name) for cache in caches}
+    kinds = {(cache.num_kv_heads, cache.head_dim, cache.dtype) for cache in caches}
     if len(kinds) != 1:
-        raise ValueError(f"caches must agree in kv heads, head_dim and dtype, got {sorted(kinds)}")
+        named = sorted((*sizes, dtype.name) for *sizes, dtype in kinds)
+        raise ValueError(f"caches must agree in kv heads, head_dim and dtype, got {named}")
     layers = [cache._layer(layer) for cache in caches]
     if len({one.page_format for one in layers}) != 1:
         raise ValueError("caches must agree in page_size and the quantizer's groups where they are quantized")
