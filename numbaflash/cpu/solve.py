@@ -24,9 +24,9 @@ from .task import Task
 
 __all__ = ["attend_planned", "attend_runs", "attention", "readable"]
 
-# Less than that is done before a second thread has woken up: K and V read by decode, multiply-adds of a prefill.
-_SHARED_FROM_BYTES = 1 << 20
-_SHARED_FROM_FMAS = 1 << 22
+# So much is done before a second thread has woken up: K and V read by decode, multiply-adds of a prefill.
+_SHARED_ABOVE_BYTES = 1 << 20
+_SHARED_ABOVE_FMAS = 3 << 20
 
 # Multiply-adds between two pauses: 20 ms at 200 GFLOP/s, which two cores do.
 _PART_FMAS = 1 << 31
@@ -181,7 +181,7 @@ class _Call:
         runs = self._plan.runs
         nbytes = self._plan.elements * runs.kv_heads * runs.dtype.itemsize
         is_decode = self._plan.tokens <= SPLIT_KV_MAX_TOKENS
-        return (is_decode and nbytes > _SHARED_FROM_BYTES) or self._plan.fmas > _SHARED_FROM_FMAS
+        return (is_decode and nbytes > _SHARED_ABOVE_BYTES) or self._plan.fmas > _SHARED_ABOVE_FMAS
 
 
 def readable(array: NDArray[Any]) -> NDArray[Any]:
