@@ -244,7 +244,8 @@ def _attend_where_they_lie(
     )
     if plan is None or any(tensor.data_ptr() % query.itemsize for tensor in tensors):
         return None
-    out, lse = torch.empty(plan.out_shape, dtype=query.dtype), torch.empty(plan.lse_shape, dtype=torch.float32)
+    out = torch.empty(plan.out_shape, dtype=query.dtype, device="cpu")
+    lse = torch.empty(plan.lse_shape, dtype=torch.float32, device="cpu")
     arrays = *tensors, out, lse
     cpu.attend_planned(plan, [array.data_ptr() for array in arrays], arrays)
     return out
@@ -273,7 +274,7 @@ def _plan(
     )
     if not rows_are_contiguous or not q_dtype == k_dtype == v_dtype or q_dtype not in _DTYPES:
         return None
-    dtype = as_numpy(torch.empty(0, dtype=q_dtype), "q").dtype
+    dtype = as_numpy(torch.empty(0, dtype=q_dtype, device="cpu"), "q").dtype
     # Only what they look like matters.
     q, k, v = (np.broadcast_to(np.empty((), dtype), shape).swapaxes(1, 2) for shape in shapes)
     problem = describe(q, k, v, scale=scale, window=(window_left, window_right), softcap=softcap)

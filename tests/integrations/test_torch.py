@@ -265,6 +265,14 @@ def test_tensors_of_one_shape_may_lie_in_any_way(name: str, dtype: torch.dtype, 
         torch.testing.assert_close(got, expected.to(dtype), rtol=1.1 * torch.finfo(dtype).eps, atol=4e-6)
 
 
+def test_the_default_device_has_no_say() -> None:
+    tensors = heads_first(1, 41)
+    expected = F.scaled_dot_product_attention(*tensors, enable_gqa=True)
+    with torch.device("meta"):
+        out = attention_heads_first(*tensors)
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+
+
 def test_a_tensor_that_is_negated_lazily_is_refused() -> None:
     q, k, v = heads_first()
     with pytest.raises(TypeError, match="negative bit"):
