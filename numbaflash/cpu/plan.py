@@ -121,21 +121,13 @@ class Plan:
             task.set_from("codes", address_of(codes.parameters), codes.bits, *groups, codes.symmetric, codes.page_size)
 
 
-def plan_tensors(
-    problem: AttentionProblem,
-    q_strides: tuple[int, ...],
-    k_strides: tuple[int, ...],
-    v_strides: tuple[int, ...],
-) -> Plan:
-    """Return the plan for tensors of such strides; the layers of a model share one."""
-    return (_shared_plan if problem.is_plain else _new_plan)(problem, q_strides, k_strides, v_strides)
+def plan_tensors(problem: AttentionProblem, *strides: tuple[int, ...]) -> Plan:
+    """Return the plan for q, k and v of such strides, in bytes; the layers of a model share one."""
+    return (_shared_plan if problem.is_plain else _new_plan)(problem, *strides)
 
 
 def _new_plan(
-    problem: AttentionProblem,
-    q_strides: tuple[int, ...],
-    k_strides: tuple[int, ...],
-    v_strides: tuple[int, ...],
+    problem: AttentionProblem, q_strides: tuple[int, ...], k_strides: tuple[int, ...], v_strides: tuple[int, ...]
 ) -> Plan:
     q_shape = problem.batch, problem.q_tokens, problem.q_heads, problem.head_dim
     runs, visibility = runs_of_tensors(problem, k_strides, v_strides)

@@ -38,7 +38,6 @@ __all__ = [
     "less_equal",
     "load",
     "load_bfloat16",
-    "load_byte",
     "load_float",
     "load_float16",
     "load_int",
@@ -186,10 +185,6 @@ load_float, load_one_float16, load_one_bfloat16, load_one_bool = map(_scalar_loa
 store_float, store_one_float16, store_one_bfloat16 = map(_scalar_store, (FLOAT32, FLOAT16, BFLOAT16))
 
 
-def _load_byte(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    return builder.zext(emit.load_at(builder, address, ir.IntType(8), align=1), I64)
-
-
 def _atomic_add(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> ir.Value:
     return builder.atomic_rmw("add", builder.inttoptr(address, I64.as_pointer()), value, "acq_rel")
 
@@ -223,7 +218,6 @@ def _store_int(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> Non
 load_int = instruction(types.int64, (types.int64,), lambda builder, address: emit.load_at(builder, address, I64, 8))
 store_int = instruction(types.void, (types.int64, types.int64), _store_int)
 copy_bytes = instruction(types.void, (types.int64,) * 3, _copy_bytes)  # target, source, nbytes
-load_byte = instruction(types.int64, (types.int64,), _load_byte)
 prefetch = instruction(types.void, (types.int64,), emit.prefetch)
 atomic_add = instruction(types.int64, (types.int64, types.int64), _atomic_add)  # returns the value before
 # Writes the last operand where the second one is found, and says whether it was.
