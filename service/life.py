@@ -6,12 +6,11 @@ all, and starts the time to live anew. A caller that goes away does not stop wha
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import grpc
 
@@ -27,9 +26,9 @@ from .records import Record
 from .replay import Answers
 from .sessions import Session, SessionTable, Shape
 from .snapshots import Snapshots, read
+from .to_the_end import to_the_end
 from .v1 import attention_pb2 as pb
 
-T = TypeVar("T")
 Fill: TypeAlias = Callable[[], Awaitable[RingKVCache]]
 _Made: TypeAlias = tuple[Session, pb.SessionState]
 Enter: TypeAlias = Callable[[Principal, Shape, float, Fill], Coroutine[Any, Any, Session]]
@@ -94,13 +93,17 @@ class LifeMethods:
         """Take a session back to a length, or say that this very call has done so before."""
         request = wire.decode(pb.TruncateRequest, wire_request)
         session = self._table.get(request.session_id, call.principal)
-        if request.epoch + 1 == session.epoch and request.length == session.truncated_to:
-            return _truncated(session, replayed=True)
-        session.check_epoch(request.epoch)
 
-        async def run() -> None:
+        def is_due() -> bool:
+            if request.epoch + 1 == session.epoch and request.length == session.truncated_to:
+                return False
+            session.check_epoch(request.epoch)
+            return True
+
+        async def run() -> bool:
             async with self._memory.hold(session, call) as cache:
-                session.check_epoch(request.epoch)
+                if not is_due():  # the same call, whose caller has gone, has come to its end meanwhile
+                    return False
 
                 def truncate() -> None:
                     cache.truncate(request.length)
@@ -112,9 +115,10 @@ class LifeMethods:
                     raise BadTensorError("length", str(error)) from None
                 session.epoch += 1
                 session.truncated_to = request.length
+                return True
 
-        await _to_the_end(run())
-        return _truncated(session, replayed=False)
+        done = is_due() and await to_the_end(run())
+        return _truncated(session, replayed=not done)
 
     async def snapshot(self, wire_request: bytes, call: Call) -> bytes:
         """Write a session to a file of the server's."""
@@ -129,7 +133,7 @@ class LifeMethods:
                 await snapshots.write(call.principal, name, record, cache)
                 return min(record.lengths)
 
-        return pb.SnapshotResponse(usable_tokens=await _to_the_end(run())).SerializeToString()
+        return pb.SnapshotResponse(usable_tokens=await to_the_end(run())).SerializeToString()
 
     async def restore(self, wire_request: bytes, call: Call) -> bytes:
         """Make a session from a snapshot."""
@@ -157,12 +161,7 @@ class LifeMethods:
 
     async def _made(self, operation: Coroutine[Any, Any, _Made]) -> _Made:
         """Return the session that an operation makes; where the caller goes away meanwhile, it is ended."""
-        task = asyncio.ensure_future(operation)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(lambda done: done.exception() or self._leave(done.result()[0]))
-            raise
+        return await to_the_end(operation, undo=lambda made: self._leave(made[0]))
 
 
 def describe_state(session: Session) -> pb.SessionState:
@@ -185,8 +184,3 @@ def _truncated(session: Session, *, replayed: bool) -> bytes:
     response = pb.TruncateResponse(epoch=session.epoch, first=session.shape.first_visible(length), replayed=replayed)
     response.expires_at.FromNanoseconds(int(session.expires_at * 1e9))
     return response.SerializeToString()
-
-
-async def _to_the_end(operation: Coroutine[Any, Any, T]) -> T:
-    """Run an operation whole, also when whoever waits for it is cancelled."""
-    return await asyncio.shield(asyncio.ensure_future(operation))

@@ -41,6 +41,7 @@ from .principals import Principals
 from .replay import Answer, Answers
 from .sessions import Session, SessionTable, Spilled, now_text
 from .steps import Step
+from .to_the_end import to_the_end
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +209,7 @@ class Memory:
     async def _move(self, session: Session, move: Any) -> Any:
         """Run a move to its end, whoever waits for it."""
         task = session.work = asyncio.ensure_future(move)
-        return await asyncio.shield(task)
+        return await to_the_end(task)
 
     # -- to disk -----------------------------------------------------------------------------------------------------
 

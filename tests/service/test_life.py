@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 from typing import Any
 
 import grpc
@@ -162,6 +164,32 @@ def test_answers_of_steps_that_were_taken_back_are_not_given_again(stock: Any, q
     assert isinstance(refusal(stock.Prefill, again), PositionMismatchError)
 
 
+def test_a_truncation_sent_again_just_when_it_is_done_is_answered_as_it_was(
+    server: Any, stock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session_id = stock.new_session()
+    memory = server.server._servicer._memory
+    hold, waiting, first_is_done = memory.hold, [], asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def hold_one_by_one(session: Any, call: Any) -> Any:
+        """Both calls have seen the session as it was before either of them gets it."""
+        waiting.append(call)
+        while len(waiting) < 2:
+            await asyncio.sleep(0)
+        if call is waiting[1]:
+            await first_is_done.wait()
+        async with hold(session, call) as cache:
+            yield cache
+        first_is_done.set()
+
+    monkeypatch.setattr(memory, "hold", hold_one_by_one)
+    calls = [stock.Truncate.future(pb.TruncateRequest(session_id=session_id), timeout=20) for _ in range(2)]
+    answers = [call.result() for call in calls]
+    assert {answer.epoch for answer in answers} == {1}
+    assert sorted(answer.replayed for answer in answers) == [False, True]
+
+
 def test_a_child_does_not_answer_the_parents_steps(stock: Any, qkv: Any, step_request: Any) -> None:
     session_id = stock.new_session(num_layers=1)
     stock.Prefill(step_request(session_id, qkv(5), request_id="a"))
@@ -202,6 +230,20 @@ def test_a_child_whose_caller_went_away_is_ended(server: Any, stock: Any) -> Non
     server.wait_until(lambda: len(table) == len(before))
     assert isinstance(refusal(stock.Truncate, pb.TruncateRequest(session_id=child)), SessionUnknownError)
     assert stock.Truncate(pb.TruncateRequest(session_id=session_id)).epoch == 1
+
+
+def test_a_refusal_that_nobody_waits_for_is_no_fault(server: Any, stock: Any, caplog: pytest.LogCaptureFixture) -> None:
+    calls, memory = server.server._servicer._door.calls, server.server._servicer._memory
+    session_id = stock.new_session()
+    with server.engine_held():
+        call = stock.Truncate.future(pb.TruncateRequest(session_id=session_id, length=1))
+        server.wait_until(lambda: memory.holds == 1)
+        call.cancel()
+        server.wait_until(lambda: calls.used == 0)  # the server knows that its caller went away
+    server.wait_until(lambda: memory.holds == 0)
+    assert stock.Truncate(pb.TruncateRequest(session_id=session_id)).epoch == 1
+    gc.collect()  # asyncio reports what nobody retrieved when it goes
+    assert not caplog.records
 
 
 class Forgetful:
