@@ -87,7 +87,8 @@ def attention(
     if backend == "cpu":
         queries, keys, values = as_numpy(q, "q"), as_numpy(k, "k"), as_numpy(v, "v")
         problem = describe(queries, keys, values, **options)
-        out, lse = cpu.attention(problem, queries, keys, values, algorithm)
+        with cpu.threads_for(q):
+            out, lse = cpu.attention(problem, queries, keys, values, algorithm)
         return (like(q, out), like(q, lse)) if return_lse else like(q, out)
     out, lse = _cuda().attention(q, k, v, backend=backend, algorithm=algorithm, return_lse=return_lse, **options)
     return (out, lse) if return_lse else out

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import as_numpy, like
+from ..cpu import threads_for
 from ..device_arrays import AnyArray
 from ..problem import FLOAT16, Scoring
 from . import code_steps, float_steps
@@ -64,7 +65,8 @@ class HostPlace(Place):
     def attend(self, layer: Layer, q: AnyArray, scoring: Scoring, given: Mapping[str, Any]) -> Any:
         """Attend with the queries of a layer's last tokens."""
         queries = cast("NDArray[Any]", q)
-        return like(given["q"], _steps_of(layer).attend([layer], queries[None], scoring)[0])
+        with threads_for(given["q"]):
+            return like(given["q"], _steps_of(layer).attend([layer], queries[None], scoring)[0])
 
     def step(
         self, layers: Sequence[Layer], q: AnyArray, k: AnyArray, v: AnyArray, scoring: Scoring, given: Mapping[str, Any]
@@ -72,9 +74,10 @@ class HostPlace(Place):
         """Attend, then append."""
         queries, keys, values = (cast("NDArray[Any]", array) for array in (q, k, v))
         step = _steps_of(layers[0]).step
-        if queries.ndim == 3:
-            return like(given["q"], step(layers, queries[None], keys[None], values[None], scoring)[0])
-        return like(given["q"], step(layers, queries, keys, values, scoring))
+        with threads_for(given["q"]):
+            if queries.ndim == 3:
+                return like(given["q"], step(layers, queries[None], keys[None], values[None], scoring)[0])
+            return like(given["q"], step(layers, queries, keys, values, scoring))
 
 
 def _steps_of(layer: Layer) -> Any:

@@ -1,5 +1,6 @@
 """The CPU backend: Numba kernels with LLVM vector micro-kernels, over keys and values that lie in runs of tokens."""
 
+from .openmp import threads_for
 from .pauses import pausing
 from .plan import SPLIT_KV_MAX_TOKENS, Plan, plan_tensors
 from .runs import RUN_FIELDS, UNBOUNDED, Codes, KVRuns, Visibility, contiguous_run
@@ -20,4 +21,5 @@ __all__ = [
     "pausing",
     "plan_tensors",
     "readable",
+    "threads_for",
 ]

@@ -11,9 +11,16 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["Emitter", "choice", "instruction"]
+__all__ = ["Emitter", "choice", "function_at", "instruction"]
 
 _SELECTOR_BITS = 6
+
+_LLVM = {
+    types.void: ir.VoidType(),
+    types.int32: ir.IntType(32),
+    types.uint32: ir.IntType(32),
+    types.int64: ir.IntType(64),
+}
 
 # Emits IR from a builder and the operands' values; returns the result's value, or None for nothing.
 Emitter = Callable[..., ir.Value | None]
@@ -36,6 +43,17 @@ def instruction(result: types.Type, operands: tuple[types.Type, ...], emitter: E
     parameters = [inspect.Parameter(name, kind) for name in names]
     typed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # functions may have one
     return intrinsic(typed)
+
+
+def function_at(result: types.Type, operands: tuple[types.Type, ...]) -> Any:
+    """A function of an address and `operands`, that calls the C function which is there."""
+    kind = ir.FunctionType(_LLVM[result], [_LLVM[operand] for operand in operands])
+
+    def emitter(builder: ir.IRBuilder, address: ir.Value, *values: ir.Value) -> ir.Value | None:
+        value = builder.call(builder.inttoptr(address, kind.as_pointer()), values)
+        return None if result == types.void else value
+
+    return instruction(result, (types.int64, *operands), emitter)
 
 
 def choice(emitters: Mapping[tuple[int, ...], Emitter], operands: int) -> Any:

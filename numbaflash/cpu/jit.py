@@ -38,8 +38,8 @@ def kernel(function: Callable[..., int | None]) -> Any:
 
 @functools.cache
 def entry_point(kernel: Any) -> int:
-    """The address of a kernel of two integers, as C calls it; without the GIL it may be called as with it."""
-    arguments = (types.int64, types.int64)
+    """The address of a kernel, as C calls it; without the GIL it may be called as with it."""
+    arguments = (types.int64,) * kernel.py_func.__code__.co_argcount
     kernel.compile(arguments)
     compiled = kernel.overloads[arguments]
     address: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)

@@ -20,6 +20,7 @@ import numba
 import numpy as np
 
 from .jit import entry_point
+from .openmp import team_here
 from .record import address_of_array
 from .standby import BOX_BYTES, LEAST_SCRATCH, STAND_BY_NS, await_items, offer, stand_by
 from .task import Task
@@ -48,12 +49,19 @@ def run(kernel: Any, task: Task, scratch_bytes: int, helpers: int, keep_alive: t
         helpers: Threads that may join in.
         keep_alive: What the addresses in the task point into.
     """
+    team = team_here()
+    threads = 1 + helpers if team is None else min(1 + helpers, team.count())
+    if team is not None and threads > 1:
+        room = -(-scratch_bytes // 64) * 64
+        with _exit:
+            team.run(kernel, task, threads, _scratch.of(threads * room), room)
+        return
     try:
-        if helpers > 0:
+        if threads > 1:
             _helpers.ask(helpers, (kernel, task, keep_alive), scratch_bytes)
     finally:
         # Even when Ctrl-C comes in between, nobody may be left writing when the caller gives the memory away.
-        _complete(kernel, task.address, _scratch.of(scratch_bytes), alone=helpers <= 0)
+        _complete(kernel, task.address, _scratch.of(scratch_bytes), alone=threads <= 1)
 
 
 def start_helpers() -> None:

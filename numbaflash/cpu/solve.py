@@ -13,6 +13,7 @@ from . import emit, pauses
 from .decode import DECODE_SCRATCH, decode, partial_bytes
 from .flash_v1 import V1_SCRATCH, flash_v1
 from .kv import TILE_KEYS
+from .openmp import team_here
 from .panel import PANEL_BYTES, PANEL_ROWS
 from .plan import SPLIT_KV_MAX_TOKENS, Plan, plan_tensors
 from .pool import run, thread_count
@@ -181,7 +182,8 @@ class _Call:
         runs = self._plan.runs
         nbytes = self._plan.elements * runs.kv_heads * runs.dtype.itemsize
         is_decode = self._plan.tokens <= SPLIT_KV_MAX_TOKENS
-        return (is_decode and nbytes > _SHARED_ABOVE_BYTES) or self._plan.fmas > _SHARED_ABOVE_FMAS
+        times = 4 if team_here() else 1  # its threads stand by
+        return (is_decode and times * nbytes > _SHARED_ABOVE_BYTES) or times * self._plan.fmas > _SHARED_ABOVE_FMAS
 
 
 def readable(array: NDArray[Any]) -> NDArray[Any]:

@@ -13,11 +13,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from llvmlite import ir
 from numba import types
 
-from .emit import I64
-from .intrinsics import instruction
+from .intrinsics import function_at
 from .jit import kernel, native
 from .task import ITEMS_DONE, task_at
 from .vector import atomic_load, compare_and_swap, load_int, pause, store_int
@@ -47,12 +45,7 @@ _clock_gettime: Any = types.ExternalFunction("clock_gettime", types.int32(types.
 _CLOCK = time.CLOCK_MONOTONIC
 
 
-def _call(builder: ir.IRBuilder, entry: ir.Value, task_address: ir.Value, scratch: ir.Value) -> None:
-    kind = ir.FunctionType(ir.VoidType(), [I64, I64])
-    builder.call(builder.inttoptr(entry, kind.as_pointer()), [task_address, scratch])
-
-
-_call_kernel = instruction(types.void, (types.int64,) * 3, _call)
+_call_kernel = function_at(types.void, (types.int64, types.int64))
 
 
 @native

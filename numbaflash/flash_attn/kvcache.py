@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import as_numpy, like
-from ..cpu import attend_runs, readable
+from ..cpu import attend_runs, readable, threads_for
 from ..problem import describe_scoring
 from .arguments import (
     cap,
@@ -113,21 +113,19 @@ def flash_attn_with_kvcache(
             queries = rotary(queries, cache.lengths, advancing=window != (None, None))
             new = rotary(new[0], cache.lengths, advancing=True), new[1]
 
-        out, lse = attend_runs(
-            queries,
-            join_runs(
-                [cache.runs(), *([] if new is None else [cache.new_runs(*new)])], batch, cache.keys, cache.values
-            ),
-            visibility(q_tokens, cache.visible + (0 if new is None else new[0].shape[1]), window),
-            describe_scoring(
-                batch=batch,
-                q_heads=heads,
-                head_dim=head_dim,
-                scale=softmax_scale,
-                softcap=cap(softcap),
-                alibi_slopes=slopes(alibi_slopes, batch, heads, q),
-            ),
+        parts = [cache.runs(), *([] if new is None else [cache.new_runs(*new)])]
+        runs = join_runs(parts, batch, cache.keys, cache.values)
+        visible = visibility(q_tokens, cache.visible + (0 if new is None else new[0].shape[1]), window)
+        scoring = describe_scoring(
+            batch=batch,
+            q_heads=heads,
+            head_dim=head_dim,
+            scale=softmax_scale,
+            softcap=cap(softcap),
+            alibi_slopes=slopes(alibi_slopes, batch, heads, q),
         )
+        with threads_for(q):
+            out, lse = attend_runs(queries, runs, visible, scoring)
         if new is not None:
             cache.write(*new)
         return (like(q, out), like(q, stored_lse(lse))) if return_softmax_lse else like(q, out)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import as_numpy, like
-from ..cpu import attend_runs, readable
+from ..cpu import attend_runs, readable, threads_for
 from ..problem import describe_scoring
 from .arguments import (
     cap,
@@ -108,20 +108,18 @@ def flash_attn_varlen_func(
         else:
             k_start, v_start = (kv_bounds[:-1] * array.strides[0] for array in (keys, values))
             runs = sequence_runs(keys, values, k_start, v_start, np.zeros(batch, np.int64), kv_tokens)
-        out, lse = attend_runs(
-            queries,
-            join_runs([runs], batch, keys, values),
-            visibility(q_tokens, kv_tokens, kernel_window(window_size, causal, integer("max_seqlen_k", max_seqlen_k))),
-            describe_scoring(
-                batch=batch,
-                q_heads=heads,
-                head_dim=head_dim,
-                scale=softmax_scale,
-                softcap=cap(softcap),
-                alibi_slopes=slopes(alibi_slopes, batch, heads, q),
-            ),
-            q_bounds,
+        window = kernel_window(window_size, causal, integer("max_seqlen_k", max_seqlen_k))
+        scoring = describe_scoring(
+            batch=batch,
+            q_heads=heads,
+            head_dim=head_dim,
+            scale=softmax_scale,
+            softcap=cap(softcap),
+            alibi_slopes=slopes(alibi_slopes, batch, heads, q),
         )
+        joined, visible = join_runs([runs], batch, keys, values), visibility(q_tokens, kv_tokens, window)
+        with threads_for(q):
+            out, lse = attend_runs(queries, joined, visible, scoring, q_bounds)
         if q_bounds[-1] < total:
             out[q_bounds[-1] :], lse[:, q_bounds[-1] :] = 0, -np.inf
         if not return_attn_probs:

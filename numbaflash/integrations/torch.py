@@ -23,6 +23,7 @@ __all__ = ["attention", "attention_heads_first", "sdpa"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_THREADS = cpu.threads_for(torch.empty(0, device="cpu"))
 
 
 # Defined by hand: `torch.library.custom_op` wraps each call in 25 us of checks, this in 15. Torch has no types for it.
@@ -247,7 +248,8 @@ def _attend_where_they_lie(
     out = torch.empty(plan.out_shape, dtype=query.dtype, device="cpu")
     lse = torch.empty(plan.lse_shape, dtype=torch.float32, device="cpu")
     arrays = *tensors, out, lse
-    cpu.attend_planned(plan, [array.data_ptr() for array in arrays], arrays)
+    with _THREADS:
+        cpu.attend_planned(plan, [array.data_ptr() for array in arrays], arrays)
     return out
 
 
