@@ -14,18 +14,17 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from google.rpc import status_pb2
 
 import numbaflash_service
 from numbaflash_service.auth import Authenticator
 from numbaflash_service.config import load
-from numbaflash_service.errors import STATUS_TRAILER, ServiceError, from_call, from_status
+from numbaflash_service.errors import ServiceError, from_call, from_status
 from numbaflash_service.servicer import SERVICE, AttentionServicer
 from numbaflash_service.v1 import attention_pb2 as pb
 
+from .in_process import METHODS, Context, Methods
 from .mutate import mutate, parses
 
-METHODS = pb.DESCRIPTOR.services_by_name["Attention"].methods_by_name
 # What is wrong with a request, and what is only so now. Above all not INTERNAL or UNKNOWN.
 EXPECTED = {
     *("INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "ABORTED", "RESOURCE_EXHAUSTED", "DATA_LOSS"),
@@ -37,42 +36,6 @@ SHAPES: list[dict[str, Any]] = [
     {"num_layers": 1, "num_kv_heads": 1, "head_dim": 8, "capacity": 32, "sink_tokens": 4, "dtype": "float16"},
     {"num_layers": 1, "num_kv_heads": 2, "head_dim": 32, "capacity": 16, "page_size": 8, "dtype": "bfloat16"},
 ]
-
-
-class AbortedError(Exception):
-    def __init__(self, code: grpc.StatusCode, details: str, trailer: Any) -> None:
-        self.code, self.details, self.trailer = code, details, trailer
-
-    def status(self) -> status_pb2.Status:
-        """The status in the trailer, which says what the call's own status says."""
-        ((key, value),) = self.trailer
-        assert key == STATUS_TRAILER
-        status = status_pb2.Status.FromString(value)
-        assert (status.code, status.message) == (self.code.value[0], self.details)
-        return status
-
-
-class Context:
-    """What the service uses of grpc.aio's context."""
-
-    def __init__(self, requests: list[bytes] | None = None) -> None:
-        self.requests = requests or []
-        self.answers: list[bytes] = []
-
-    def invocation_metadata(self) -> tuple[()]:
-        return ()
-
-    def time_remaining(self) -> float | None:
-        return 10.0
-
-    async def read(self) -> Any:
-        return self.requests.pop(0) if self.requests else grpc.aio.EOF
-
-    async def write(self, answer: bytes) -> None:
-        self.answers.append(answer)
-
-    async def abort(self, code: grpc.StatusCode, details: str, trailer: Any) -> None:
-        raise AbortedError(code, details, trailer)
 
 
 class Requests:
@@ -141,23 +104,20 @@ class Fuzz(Requests):
             kv_memory="48MiB", max_sessions=40, replay_memory="16MiB", snapshot_dir=folder, snapshot_memory="1GiB"
         )
         self.servicer = AttentionServicer(config, Authenticator(), None)
-        self.handler = self.servicer.handler()
+        self.methods = Methods(self.servicer)
         self.names = list(METHODS)
         self.weights = [WEIGHTS.get(name, 3) for name in self.names]
 
     async def call(self, name: str, request: bytes) -> bytes | ServiceError:
         context = Context([request])
-        method = self.handler.service(_Details(f"/{SERVICE}/{name}"))
-        try:
-            if METHODS[name].client_streaming:
-                await method.stream_stream(None, context)
-                (answer,) = context.answers
-                response = pb.StepResponse.FromString(answer)
-                return from_status(response.error) if response.HasField("error") else answer
-            return bytes(await method.unary_unary(request, context))
-        except AbortedError as aborted:
-            status = aborted.status()
-        return from_status(status)
+        if not METHODS[name].client_streaming:
+            return await self.methods.unary(name, request, context)
+        failed = await self.methods.attend(context)
+        if failed:
+            return failed
+        (answer,) = context.answers
+        response = pb.StepResponse.FromString(answer)
+        return from_status(response.error) if response.HasField("error") else answer
 
     async def send(self, name: str, **fields: Any) -> bytes:
         """Make a call that succeeds."""
@@ -207,11 +167,6 @@ class Fuzz(Requests):
         assert self.servicer._engine.steps == self.servicer._engine.nbytes == 0
         assert self.servicer._door.calls.used == 0
         await self.servicer.stop()
-
-
-class _Details:
-    def __init__(self, method: str) -> None:
-        self.method = method
 
 
 def used_bytes() -> int:
