@@ -74,6 +74,8 @@ class AttendStream:
 
     def stop_reading(self) -> None:
         """Take no more steps."""
+        if self._stopped:
+            return  # a second cancellation would end more than the reading
         self._stopped = self._ended = True
         if self._reading:
             self._reading.cancel()

@@ -162,13 +162,14 @@ class Memory:
 
     async def put_all_away(self) -> None:
         """Spill every idle session, however short it has been idle: the server stops."""
-        async with self._turn:
-            for session in self._table:
-                if self._spill and session.cache and not session.in_flight and not session.work:
-                    try:
-                        await self._move(session, self._write_out(session))
-                    except StorageError as error:
-                        log.error("a session of %d bytes is lost: %s", session.kv_bytes, error.message)
+        for session in self._table:
+            if session.work:  # it is on its way to disk already, where nobody waits for it any more
+                await asyncio.wait([session.work])
+            if self._spill and session.cache and not session.in_flight and not session.work:
+                try:
+                    await self._move(session, self._write_out(session))
+                except StorageError as error:
+                    log.error("a session of %d bytes is lost: %s", session.kv_bytes, error.message)
 
     @property
     def _can_spill(self) -> bool:
@@ -204,7 +205,7 @@ class Memory:
     async def _evict(self, session: Session, why: str) -> None:
         log.info("session of %d bytes evicted", session.kv_bytes)
         self._table.end(session, partial(SessionEvictedError, f"the session was ended at {now_text()}: {why}"))
-        await self._free(session)
+        await asyncio.shield(self._free(session))  # who needs the room may go away, and the session goes all the same
 
     async def _move(self, session: Session, move: Any) -> Any:
         """Run a move to its end, whoever waits for it."""
@@ -308,12 +309,13 @@ class Memory:
 
         Raises:
             BusyError: Steps of another call are in flight.
+            SessionLostError: It has ended since the call came.
             ServiceError: It cannot be brought back.
         """
         session.begin_step(call)
         self.holds += 1
         try:
-            while session.work or session.cache is None:
+            while session.lost or session.work or session.cache is None:
                 if session.lost:
                     raise session.lost()
                 if session.work:

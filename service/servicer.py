@@ -225,7 +225,9 @@ class AttentionServicer:
         )
 
     async def stop(self) -> None:
-        """Compute what waits, spill the sessions that are idle then, and end the engine."""
+        """Finish what runs, spill the sessions, and end the engine."""
+        while self.busy:
+            await asyncio.sleep(0.01)
         await self._memory.put_all_away()
         await self._engine.stop()
         for folder in (self._spill, self._snapshots):
@@ -295,7 +297,8 @@ class AttentionServicer:
             session.cache = await fill()
         except BaseException as error:  # the caller may have gone, too
             session.work = None
-            await asyncio.shield(self._leave(session))  # whoever hears of the error finds its bytes given back
+            if leaving := self._leave(session):
+                await asyncio.shield(leaving)  # whoever hears of the error finds its bytes given back
             if isinstance(error, MemoryError):
                 raise ExhaustedError("the machine has no memory left", retry_after=1.0) from error
             if isinstance(error, ValueError):
@@ -306,8 +309,10 @@ class AttentionServicer:
         self.metrics.created += 1
         return session
 
-    def _leave(self, session: Session) -> asyncio.Task[None]:
-        """End a session that nobody got to know of."""
+    def _leave(self, session: Session) -> asyncio.Task[None] | None:
+        """End a session that nobody got to know of, unless it has ended already."""
+        if session.lost:
+            return None
         self._table.end(session, partial(SessionUnknownError, "the session was not made"))
         return self._free(session)
 

@@ -291,7 +291,8 @@ class SessionTable:
         """
         reserved: defaultdict[tuple[Pool, ...], int] = defaultdict(int)
         for session in self._holding.values():
-            reserved[session.cache.pools if session.cache else ()] += session.kv_bytes
+            cache = session.cache  # read once: of those on their way out, the engine may let go at any moment
+            reserved[cache.pools if cache else ()] += session.kv_bytes
         return sum(max(nbytes, sum(pool.taken_nbytes for pool in pools)) for pools, nbytes in reserved.items())
 
     @property

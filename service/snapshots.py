@@ -40,10 +40,11 @@ class Snapshots:
         most = records.most_bytes(cache, answers)
         path = self._path(owner, name)
         self._folder.reserve(most)
+        reserved = self._folder.nbytes  # as of now: what is written meanwhile may be too late to be measured
         try:
             # Measured each time: the operator may have removed some.
             there = await asyncio.to_thread(self._folder.measure)
-            if there + self._folder.nbytes > self._folder.budget:
+            if there + reserved > self._folder.budget:
                 raise StorageError(f"{most} bytes do not fit: {there} of {self._folder.budget} for snapshots are taken")
             path.parent.mkdir(mode=0o700, exist_ok=True)
             await asyncio.to_thread(records.write, path, record, cache, answers)

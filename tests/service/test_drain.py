@@ -7,13 +7,16 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from numbaflash_service import Client, RetryPolicy
+from numbaflash_service import Client, RetryPolicy, records
 from numbaflash_service.errors import DrainingError
 from numbaflash_service.v1 import attention_pb2 as pb
 
@@ -60,6 +63,66 @@ def test_a_stop_does_not_wait_for_an_idle_stream(
     assert next(stream).position == 1
     server.stop()
     assert refusal(next, stream).reason == "DRAINING"
+
+
+def test_a_stream_that_is_stopped_twice_at_once_ends_well(start_server: Any, connect_stock: Any) -> None:
+    server = start_server()
+    stock, servicer = connect_stock(server), server.server._servicer
+    requests: queue.SimpleQueue = queue.SimpleQueue()
+    answers = stock.Attend(iter(requests.get, None), timeout=20)
+    server.wait_until(lambda: any(stream._reading for stream in servicer._streams))
+
+    async def stop_twice() -> None:
+        (stream,) = servicer._streams
+        stream.stop_reading()
+        stream.stop_reading()
+
+    server.on_loop(stop_twice())
+    assert next(answers, None) is None
+
+
+def test_a_session_on_its_way_to_disk_gets_there_before_the_server_stops(
+    start_server: Any, connect_stock: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_server(spill_dir=tmp_path, spill_after=0.0, kv_high_water=0.0)
+    stock, servicer = connect_stock(server), server.server._servicer
+    write, released = records.write, threading.Event()
+
+    def write_slowly(*arguments: Any) -> int:
+        released.wait(timeout=20)
+        time.sleep(0.1)  # a stop that does not wait is over by then
+        return write(*arguments)
+
+    monkeypatch.setattr(records, "write", write_slowly)
+    session_id = stock.new_session()
+    server.wait_until(lambda: servicer._table._sessions[session_id].work)  # each second those above the mark go
+    stopping = server.begin_stop()
+    released.set()
+    stopping.result(timeout=20)
+    assert (tmp_path / "sessions" / f"{session_id}.safetensors").exists()
+
+
+def test_a_session_whose_step_runs_when_the_grace_is_over_goes_to_disk_after_it(
+    start_server: Any, connect_stock: Any, qkv: Callable[..., Any], step_request: Any, tmp_path: Path
+) -> None:
+    server = start_server(spill_dir=tmp_path, grace=0.0)
+    stock = connect_stock(server)
+    session_id, running, goes_on = stock.new_session(), threading.Event(), threading.Event()
+    compute = server.engine._compute
+
+    def compute_slowly(steps: Any) -> Any:
+        running.set()
+        goes_on.wait(timeout=20)
+        return compute(steps)
+
+    server.engine._compute = compute_slowly
+    call = stock.Prefill.future(step_request(session_id, qkv(20)))
+    assert running.wait(timeout=20)
+    stopping = server.begin_stop()
+    assert call.exception(timeout=20)
+    goes_on.set()
+    stopping.result(timeout=20)
+    assert (tmp_path / "sessions" / f"{session_id}.safetensors").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

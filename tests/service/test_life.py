@@ -232,6 +232,28 @@ def test_a_child_whose_caller_went_away_is_ended(server: Any, stock: Any) -> Non
     assert stock.Truncate(pb.TruncateRequest(session_id=session_id)).epoch == 1
 
 
+@pytest.mark.parametrize("method", ["CreateSession", "Fork"])
+def test_a_session_closed_before_anybody_knew_of_it_has_ended_once(
+    server: Any, stock: Any, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    table, calls = server.server._servicer._table, server.server._servicer._door.calls
+    parent = stock.new_session()
+    shape = pb.SessionShape(num_layers=1, num_kv_heads=1, head_dim=8, capacity=8)
+    made = {"session_id": parent} if method == "Fork" else {"shape": shape}
+    before = {session.id for session in table}
+    with server.engine_held():
+        call = getattr(stock, method).future(getattr(pb, f"{method}Request")(**made))
+        server.wait_until(lambda: len(table) > len(before))
+        (new,) = {session.id for session in table} - before  # as ListSessions says
+        closing = stock.CloseSession.future(pb.CloseSessionRequest(session_id=new))
+        server.wait_until(lambda: len(table) == len(before))
+        call.cancel()
+        server.wait_until(lambda: calls.used == 1)
+    closing.result(timeout=20)
+    stock.CloseSession(pb.CloseSessionRequest(session_id=parent))
+    assert not caplog.records
+
+
 def test_a_refusal_that_nobody_waits_for_is_no_fault(server: Any, stock: Any, caplog: pytest.LogCaptureFixture) -> None:
     calls, memory = server.server._servicer._door.calls, server.server._servicer._memory
     session_id = stock.new_session()

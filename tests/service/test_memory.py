@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import re
 import time
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from numbaflash_service import Client, RetryPolicy, records
+from numbaflash_service import Client, RetryPolicy, life, records
 from numbaflash_service.errors import (
     BusyError,
     KVBudgetError,
     SessionEvictedError,
     SessionExpiredError,
 )
+from numbaflash_service.sessions import SessionTable
+from numbaflash_service.to_the_end import to_the_end
 from numbaflash_service.v1 import attention_pb2 as pb
 
 from .plain_calls import refusal
@@ -295,3 +299,58 @@ def test_a_session_closed_on_its_way_leaves_no_bytes_behind(
         stock.CloseSession(pb.CloseSessionRequest(session_id=other))
     usage = stock.GetInfo(pb.GetInfoRequest()).usage
     assert (usage.kv_reserved_bytes, usage.spilled_bytes, usage.queued_steps) == (0, 0, 0)
+
+
+def test_a_session_put_out_for_a_call_that_went_away_gives_its_bytes_back(
+    start_server: Any, connect_stock: Any
+) -> None:
+    server = start_server(kv_memory=KV_MEMORY, kv_high_water=1.0, evict_after=0.0)
+    stock, servicer = connect_stock(server), server.server._servicer
+    for _ in range(2):
+        stock.new_session(**SHAPE)
+    with server.engine_held():  # which lets go of the session's cache
+        creating = stock.CreateSession.future(pb.CreateSessionRequest(shape=pb.SessionShape(**SHAPE)))
+        server.wait_until(lambda: len(servicer._table) == 1)
+        creating.cancel()
+        server.wait_until(lambda: servicer._door.calls.used == 0)
+    (left,) = servicer.sessions()
+    server.wait_until(lambda: servicer._table.kv_reserved == left.kv_bytes)
+
+
+def test_a_call_that_comes_just_when_its_session_is_put_out_finds_it_ended(
+    start_server: Any, connect_stock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_server(kv_memory=KV_MEMORY, kv_high_water=1.0, evict_after=0.0)
+    stock, memory = connect_stock(server), server.server._servicer._memory
+    session_id = stock.new_session(**SHAPE)
+
+    async def put_out_meanwhile(operation: Any, **undo: Any) -> Any:
+        """The call has found its session, and somebody who needs all memory is a step before it."""
+        putting_out = asyncio.ensure_future(memory.make_room(KV_MEMORY))
+        try:
+            return await to_the_end(operation, **undo)
+        finally:
+            await putting_out
+
+    monkeypatch.setattr(life, "to_the_end", put_out_meanwhile)
+    error = refusal(stock.Fork, pb.ForkRequest(session_id=session_id), timeout=20)
+    assert isinstance(error, SessionEvictedError)
+    assert stock.new_session(**SHAPE)
+
+
+def test_bytes_are_counted_while_the_engine_lets_go_of_a_cache() -> None:
+    class Leaving:
+        """A session whose cache is gone when it is looked at again."""
+
+        def __init__(self) -> None:
+            self.id, self.kv_bytes = "leaving", 100
+            self._caches = [SimpleNamespace(pools=())]
+
+        @property
+        def cache(self) -> Any:
+            return self._caches.pop() if self._caches else None
+
+    table = SessionTable(1000, 10)
+    leaving: Any = Leaving()
+    table._holding["leaving"] = leaving
+    assert table.kv_reserved == 100

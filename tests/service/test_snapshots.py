@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 import numbaflash
 from numbaflash.cache import checked
-from numbaflash_service import Client, RetryPolicy, ServiceError
+from numbaflash_service import Client, RetryPolicy, ServiceError, records
 from numbaflash_service.auth import Authenticator
 from numbaflash_service.errors import (
     BadTensorError,
@@ -22,6 +24,7 @@ from numbaflash_service.errors import (
     SnapshotUnknownError,
     StorageError,
 )
+from numbaflash_service.folder import Folder
 from numbaflash_service.v1 import attention_pb2 as pb
 
 SHAPE = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "capacity": 64, "dtype": "float32", "sink_tokens": 2}
@@ -205,6 +208,42 @@ def test_all_snapshots_together_have_a_budget(keeping: Any, qkv: Any, tmp_path: 
         for file in files(tmp_path / "snapshots"):
             file.unlink()  # as an operator does
         session.snapshot("b")
+
+
+def test_snapshots_at_the_same_time_keep_to_the_budget_together(
+    keeping: Any, qkv: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Client(keeping(snapshot_memory=1 << 20).target) as client:
+        big, first, second = (client.create_session(2, 2, 64, capacity=900) for _ in range(3))
+        for session, count in ((big, 600), (first, 200), (second, 200)):
+            for layer in range(2):
+                session.step(layer, **qkv(count, head_dim=64))
+        big.snapshot("a")
+        measure, write = Folder.measure, records.write
+        writing, measured, written = (threading.Event() for _ in range(3))
+
+        def write_when_the_second_has_measured(*arguments: Any) -> int:
+            writing.set()
+            assert measured.wait(timeout=20)
+            return write(*arguments)
+
+        def go_on_when_the_first_is_written(folder: Any) -> int:
+            there = measure(folder)
+            measured.set()
+            assert written.wait(timeout=20)
+            return there
+
+        monkeypatch.setattr(records, "write", write_when_the_second_has_measured)
+        with ThreadPoolExecutor() as threads:
+            snapshot = threads.submit(first.snapshot, "b")
+            assert writing.wait(timeout=20)
+            monkeypatch.setattr(Folder, "measure", go_on_when_the_first_is_written)
+            other = threads.submit(second.snapshot, "c")
+            snapshot.result(timeout=20)
+            written.set()
+            with pytest.raises(StorageError, match="do not fit"):
+                other.result(timeout=20)
+    assert sum(file.stat().st_size for file in files(tmp_path / "snapshots")) <= 1 << 20
 
 
 def test_a_step_waits_for_a_snapshot_and_a_snapshot_for_nobody(
