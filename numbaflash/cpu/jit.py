@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from numba import njit, types
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.registry import cpu_target
 
 __all__ = ["entry_point", "kernel", "native", "piece"]
 
@@ -29,10 +32,8 @@ def kernel(function: Callable[..., int | None]) -> Any:
     none of them can be written, each process compiles anew.
     """
     dispatcher: Any = njit(error_model="numpy", nogil=True)(function)
-    try:
-        dispatcher._cache = _StampedCache(function)
-    except RuntimeError:  # Numba found no directory to write to
-        return dispatcher
+    with contextlib.suppress(RuntimeError):  # Numba found no directory to write to
+        dispatcher._cache = _Cache(function)
     return dispatcher
 
 
@@ -46,18 +47,49 @@ def entry_point(kernel: Any) -> int:
     return address
 
 
-def _digest_of_sources() -> str:
-    digest = hashlib.sha256()
+def _made_of() -> str:
+    """What all files of this folder say, and the machine that they are compiled for, in 32 letters."""
+    digest = hashlib.sha256(repr(cpu_target.target_context.codegen().magic_tuple()).encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return digest.hexdigest()[:32]
 
 
-_SOURCES = _digest_of_sources()
+_MADE_OF = _made_of()
 
 
-class _StampedCache(FunctionCache):
-    """Numba takes the age of one file for a function's version; a kernel is made of all files of this folder."""
+class _Cache(FunctionCache):
+    """Numba's, for kernels that are made of all files of this folder, and without its errors: a call needs no disk."""
 
-    def _index_key(self, sig: Any, codegen: Any) -> Any:
-        return (*super()._index_key(sig, codegen), _SOURCES)
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        # Numba takes the age of one file for a function's version. And two processes that compile the same function
+        # for different machines at once would give the same number to both: each kind has names of its own here.
+        names = f"{self._impl.filename_base}.{_MADE_OF}"
+        self._cache_file = _CheckedFile(self._cache_path, names, self._impl.locator.get_source_stamp())
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # of any kind: bytes that are damaged were unpickled
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(Exception):  # the disk is full, the folder is gone, the index is damaged for good
+            super().save_overload(sig, data)
+
+
+class _CheckedFile(IndexDataCacheFile):
+    """Numba's, with a checksum of the machine code: a disk that was full, or lost power, keeps parts of files."""
+
+    def _save_data(self, name: str, data: Any) -> None:
+        content = self._dump(data)
+        super()._save_data(name, (hashlib.sha256(content).digest(), content))
+
+    def _load_data(self, name: str) -> Any:
+        checksum, content = super()._load_data(name)
+        if hashlib.sha256(content).digest() != checksum:
+            raise ValueError(f"{name} does not match its checksum")
+        return pickle.loads(content)
