@@ -283,7 +283,7 @@ def _bias(bias: Any, dtype: np.dtype[Any], shape: tuple[int, int, int, int]) -> 
 
 def _kv_lengths(kv_lengths: Any, batch: int, kv_tokens: int) -> NDArray[np.int64]:
     array = _listed("kv_lengths", kv_lengths)
-    if array.dtype.kind not in "iu":
+    if array.size and array.dtype.kind not in "iu":  # NumPy takes an empty list for floats
         raise TypeError(f"kv_lengths must be integers, got {array.dtype}")
     if array.shape != (batch,):
         raise ValueError(f"kv_lengths must have shape ({batch},), got {array.shape}")
