@@ -22,7 +22,7 @@ import numpy as np
 from .jit import entry_point
 from .openmp import team_here
 from .record import address_of_array
-from .standby import BOX_BYTES, LEAST_SCRATCH, STAND_BY_NS, await_items, offer, stand_by
+from .standby import BOX_BYTES, LEAST_SCRATCH, STAND_BY_NS, count_asleep, stand_by, work_together
 from .task import Task
 
 __all__ = ["run", "start_helpers", "thread_count"]
@@ -51,37 +51,19 @@ def run(kernel: Any, task: Task, scratch_bytes: int, helpers: int, keep_alive: t
     """
     team = team_here()
     threads = 1 + helpers if team is None else min(1 + helpers, team.count())
-    if team is not None and threads > 1:
-        room = -(-scratch_bytes // 64) * 64
-        with _exit:
+    with _exit:
+        if threads == 1:
+            kernel(task.address, _scratch.of(scratch_bytes))
+        elif team is not None:
+            room = -(-scratch_bytes // 64) * 64
             team.run(kernel, task, threads, _scratch.of(threads * room), room)
-        return
-    try:
-        if threads > 1:
-            _helpers.ask(helpers, (kernel, task, keep_alive), scratch_bytes)
-    finally:
-        # Even when Ctrl-C comes in between, nobody may be left writing when the caller gives the memory away.
-        _complete(kernel, task.address, _scratch.of(scratch_bytes), alone=threads <= 1)
+        else:
+            _helpers.run((kernel, task, keep_alive), _scratch.of(scratch_bytes), scratch_bytes, helpers)
 
 
 def start_helpers() -> None:
     """Start all threads that may ever join in, on the CPUs of the calling thread, rather than when they are needed."""
     _helpers.start(thread_count() - 1)
-
-
-def _complete(kernel: Any, task_address: int, scratch: int, *, alone: bool) -> None:
-    interrupt = None
-    while True:
-        try:
-            with _exit:
-                kernel(task_address, scratch)
-                if not alone:
-                    await_items(task_address, *_helpers.boxes)
-            break
-        except KeyboardInterrupt as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
 
 
 class _Exit:
@@ -133,56 +115,62 @@ class _Helpers:
     def __init__(self) -> None:
         self._jobs: SimpleQueue[_Job] = SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._cpus: set[int] = set()
+        self._listing = threading.Condition()
         self._left: int | None = None  # to the caller
-        self._lock = threading.Lock()
         self._scratch_bytes = LEAST_SCRATCH  # the most that any task has wanted
         self._boxes = np.zeros(_MOST_HELPERS * BOX_BYTES, np.uint8)
 
-    @property
-    def boxes(self) -> tuple[int, int]:
-        """Address of the helpers' boxes, and how many there are."""
-        return address_of_array(self._boxes), len(self._threads)
-
-    def ask(self, count: int, job: _Job, scratch_bytes: int) -> None:
-        """Let `count` helpers join in; the job's references hold the memory until each has seen it."""
-        if len(self._threads) < count:
-            self.start(count)
+    def run(self, job: _Job, scratch: int, scratch_bytes: int, wanted: int) -> None:
+        """Do a job, of which those who wake up late have references, with up to `wanted` helpers."""
+        if len(self._threads) < wanted:
+            with contextlib.suppress(RuntimeError):  # the system has no more threads, or Python exits: fewer will do
+                self.start(wanted)
         if _current_cpu and (cpu := _current_cpu()) != self._left:
             self._leave(cpu)
         kernel, task, _ = job
         self._scratch_bytes = max(self._scratch_bytes, scratch_bytes)
         task.set_from("entry", entry_point(kernel), scratch_bytes)
-        for _ in range(offer(*self.boxes, count, task.address)):
-            self._jobs.put(job)
+        boxes = address_of_array(self._boxes), len(self._threads), wanted
+        if asleep := count_asleep(*boxes, scratch_bytes):
+            task["next_item"] = task["items"]  # those who are woken up find none before all is ready
+            for _ in range(asleep):
+                self._jobs.put(job)
+        work_together(task.address, scratch, *boxes)
 
     def start(self, count: int) -> None:
-        """See that there are `count` helpers."""
-        with self._lock:
-            while len(self._threads) < count:
-                number = len(self._threads)
-                thread = threading.Thread(target=self._work, args=(number,), name=f"numbaflash-{number}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
-            if _current_cpu:
-                self._cpus, self._left = os.sched_getaffinity(0), None  # threads inherit it
+        """See that there are `count` helpers.
+
+        Raises:
+            RuntimeError: The system has no more threads.
+        """
+        with self._listing:
+            while (number := len(self._threads)) < count:
+                threading.Thread(target=self._work, name=f"numbaflash-{number}", daemon=True).start()
+                while len(self._threads) == number:
+                    self._listing.wait()
+            self._left = None  # threads inherit the caller's CPUs
 
     def _leave(self, cpu: int) -> None:
         self._left = cpu
-        if others := self._cpus - {cpu}:
+        if others := os.sched_getaffinity(0) - {cpu}:
             with contextlib.suppress(OSError):  # where a sandbox forbids it, all is as slow as it was
                 for thread in self._threads:
                     assert thread.native_id
                     os.sched_setaffinity(thread.native_id, others)
 
-    def _work(self, number: int) -> None:
+    def _work(self) -> None:
+        with self._listing:  # by itself: whoever starts it may be interrupted
+            number = len(self._threads)
+            self._threads.append(threading.current_thread())
+            self._listing.notify_all()
         box = address_of_array(self._boxes) + number * BOX_BYTES
         idle_since = 0
         while True:
             kernel, task, keep_alive = self._jobs.get()
             is_soon = 0 <= time.monotonic_ns() - idle_since < _SOON_NS
             with _exit:
-                kernel(task.address, _scratch.of(self._scratch_bytes))
+                with contextlib.suppress(MemoryError):  # then its caller does it
+                    kernel(task.address, _scratch.of(max(self._scratch_bytes, task["scratch_bytes"])))
                 del kernel, task, keep_alive
                 idle_since = max(idle_since, time.monotonic_ns())
                 if is_soon:

@@ -17,10 +17,19 @@ from numba import types
 
 from .intrinsics import function_at
 from .jit import kernel, native
-from .task import ITEMS_DONE, task_at
+from .task import ITEMS_DONE, NEXT_ITEM, task_at
 from .vector import atomic_load, compare_and_swap, load_int, pause, store_int
 
-__all__ = ["BOX_BYTES", "LEAST_SCRATCH", "STAND_BY_NS", "await_items", "offer", "stand_by"]
+__all__ = [
+    "BOX_BYTES",
+    "LEAST_SCRATCH",
+    "STAND_BY_NS",
+    "await_items",
+    "count_asleep",
+    "offer",
+    "stand_by",
+    "work_together",
+]
 
 BOX_BYTES = 64  # a cache line
 _SCRATCH_BYTES = 8  # where a box says how much scratch memory its helper has
@@ -91,22 +100,44 @@ def stand_by(box, scratch, scratch_bytes):
 
 
 @kernel
-def offer(boxes, helpers, wanted, task_address):
-    """Offer a task to `wanted` helpers, if so many stand by; returns how many of the others are to be woken up for it.
+def count_asleep(boxes, helpers, wanted, scratch_bytes):
+    """How many helpers are to be woken up, so that `wanted` do a task that wants so much memory.
 
     One who stands by with too little memory gets more where it looks for what else there is to do.
     """
-    given, at_work = 0, 0
+    ready, at_work = 0, 0
+    for box in range(boxes, boxes + helpers * BOX_BYTES, BOX_BYTES):
+        found = atomic_load(box)
+        if _is_ready(box, found, scratch_bytes):
+            ready += 1
+        elif found > _STANDING_BY:
+            at_work += 1
+    return max(min(wanted - ready, helpers - ready - at_work), 0)
+
+
+@kernel
+def work_together(task_address, scratch, boxes, helpers, wanted):
+    """Do a task with up to `wanted` helpers, and return when nobody reads it any more.
+
+    Its items cannot be taken before: between the first of them and the last there is no Python, where a signal may
+    raise anything anywhere.
+    """
+    store_int(task_address + NEXT_ITEM, load_int(task_address + ITEMS_DONE))
+    offer(boxes, helpers, wanted, task_address)
+    _call_kernel(task_at(task_address).entry, task_address, scratch)
+    await_items(task_address, boxes, helpers)
+
+
+@kernel
+def offer(boxes, helpers, wanted, task_address):
+    """Offer a task to `wanted` helpers, if so many stand by."""
+    given = 0
     for box in range(boxes, boxes + helpers * BOX_BYTES, BOX_BYTES):
         if given == wanted:
             break
         found = atomic_load(box)
-        has_room = load_int(box + _SCRATCH_BYTES) >= task_at(task_address).scratch_bytes
-        if found == _STANDING_BY and has_room and compare_and_swap(box, _STANDING_BY, task_address):
+        if _is_ready(box, found, task_at(task_address).scratch_bytes) and compare_and_swap(box, found, task_address):
             given += 1
-        elif found > _STANDING_BY:
-            at_work += 1
-    return min(wanted - given, helpers - given - at_work)
 
 
 @kernel
@@ -120,6 +151,12 @@ def await_items(task_address, boxes, helpers):
             compare_and_swap(box, task_address, _STANDING_BY)
         while atomic_load(box) == task_address + 1:
             spins = _wait(spins)
+
+
+@native
+def _is_ready(box, found, scratch_bytes):
+    """Whether a helper whose box says that stands by, with so much memory."""
+    return found == _STANDING_BY and load_int(box + _SCRATCH_BYTES) >= scratch_bytes
 
 
 @native

@@ -6,7 +6,7 @@ from .jit import native
 from .record import Record, record_at
 from .vector import atomic_add, atomic_load
 
-__all__ = ["ITEMS_DONE", "NO_BIAS", "Task", "next_item", "report_item", "take_item", "task_at"]
+__all__ = ["ITEMS_DONE", "NEXT_ITEM", "NO_BIAS", "Task", "next_item", "report_item", "take_item", "task_at"]
 
 # What bias_dtype says beside the codes of the dtypes.
 NO_BIAS = -1

@@ -93,7 +93,7 @@ def test_so_many_as_pytorch_is_told_to_use(runs: list[int], monkeypatch: pytest.
     expected = numbaflash.attention(q, k, v)
     torch.set_num_threads(2)
     assert torch.equal(numbaflash.attention(q, k, v), expected)
-    monkeypatch.setattr(pool._Helpers, "ask", lambda *_: pytest.fail("woke up a helper"))
+    monkeypatch.setattr(pool._Helpers, "run", lambda *_: pytest.fail("woke up a helper"))
     torch.set_num_threads(1)
     assert torch.equal(numbaflash.attention(q, k, v), expected)
     assert runs == [3, 2]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 
 from numbaflash.cpu import pool
 from numbaflash.cpu import solve as entry
-from numbaflash.cpu.task import ITEMS_DONE, Task
+from numbaflash.cpu.standby import BOX_BYTES
 
 from .inputs import qkv, solve
 
@@ -63,8 +65,27 @@ def test_helpers_leave_the_callers_cpu_to_the_caller(monkeypatch: pytest.MonkeyP
     assert os.sched_getaffinity(0) == cpus
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be kept off a CPU here")
+def test_helpers_stay_on_the_cpus_that_are_left_to_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry, "thread_count", lambda: 2)
+    arrays = qkv(1, 300, 2000, (4, 2), (64, 64))
+    solve(*arrays)
+    cpus = os.sched_getaffinity(0)
+    threads = [0, *(helper.native_id for helper in helpers())]
+    try:
+        for thread in threads:
+            os.sched_setaffinity(thread, {min(cpus)})
+        for cpu in (max(cpus) + 1, min(cpus)):  # a call on another CPU, and one on the only CPU that is left
+            monkeypatch.setattr(pool, "_current_cpu", lambda cpu=cpu: cpu)
+            solve(*arrays)
+        assert {frozenset(os.sched_getaffinity(thread)) for thread in threads} == {frozenset({min(cpus)})}
+    finally:
+        for thread in threads:
+            os.sched_setaffinity(thread, cpus)
+
+
 def test_a_small_problem_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool._Helpers, "ask", lambda *_: pytest.fail("woke up a helper"))
+    monkeypatch.setattr(pool._Helpers, "run", lambda *_: pytest.fail("woke up a helper"))
     solve(*qkv(1, 1, 300, (9, 3), (64, 64)))
     solve(*qkv(1, 10, 20, (9, 3), (64, 64)))
 
@@ -115,21 +136,76 @@ computing.wait()
         assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_an_interrupt_waits_until_all_items_are_done() -> None:
-    task = Task(items=3)
-    calls = 0
+def test_nobody_is_at_work_for_a_call_that_a_signal_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    class EndedError(Exception):
+        """What the handler raises, wherever the call is."""
 
-    def kernel(*_: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls < 3:
-            raise KeyboardInterrupt
-        task["items_done"] = 3
+    def end(*_: object) -> None:
+        raise EndedError
 
-    with pytest.raises(KeyboardInterrupt):
-        pool.run(kernel, task, 0, 0, ())
-    assert calls == 3
-    assert ITEMS_DONE == 8
+    monkeypatch.setattr(entry, "thread_count", lambda: 3)
+    arrays = qkv(1, 1, 4000, (4, 4), (64, 64))
+    expected = solve(*arrays)[0]
+    ended = 0
+    before = signal.signal(signal.SIGALRM, end)
+    try:
+        for i in range(1500):
+            try:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + i % 150))
+                    np.testing.assert_array_equal(solve(*arrays)[0], expected)
+                finally:
+                    boxes = pool._helpers._boxes.view(np.int64).reshape(-1, BOX_BYTES // 8)
+                    assert set(boxes[:, 0].tolist()) <= {0, 1}  # asleep, or standing by
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except EndedError:
+                ended += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert ended > 100
+    np.testing.assert_array_equal(solve(*arrays)[0], expected)
+
+
+def test_where_there_are_no_threads_to_be_had_the_caller_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry, "thread_count", lambda: 2)
+    arrays = qkv(1, 1, 4000, (4, 4), (64, 64))
+    expected = solve(*arrays)[0]
+    monkeypatch.setattr(pool, "_helpers", pool._Helpers())
+    with monkeypatch.context() as exhausted:
+
+        def refuse(_: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        exhausted.setattr(threading.Thread, "start", refuse)
+        for _ in range(3):
+            np.testing.assert_array_equal(solve(*arrays)[0], expected)
+    assert pool._helpers._jobs.empty()
+    assert not pool._helpers._threads
+
+
+def test_a_helper_without_memory_leaves_the_work_to_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Exhausted:
+        def of(self, nbytes: int) -> int:
+            if threading.current_thread() is not threading.main_thread():
+                raise MemoryError
+            return scratch.of(nbytes)
+
+        address = nbytes = 0
+
+    monkeypatch.setattr(entry, "thread_count", lambda: 2)
+    arrays = qkv(1, 1, 4000, (4, 4), (64, 64))
+    expected = solve(*arrays)[0]
+    scratch = pool._scratch
+    monkeypatch.setattr(pool, "_helpers", pool._Helpers())
+    monkeypatch.setattr(pool, "_scratch", Exhausted())
+    for _ in range(3):
+        np.testing.assert_array_equal(solve(*arrays)[0], expected)
+        time.sleep(0.05)
+    assert pool._helpers._jobs.empty()
+    for thread in pool._helpers._threads:
+        assert thread.is_alive()
+        thread.name = "of a pool that is gone"  # it waits there to the end
 
 
 def test_a_second_process_takes_the_kernels_from_disk() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from numbaflash.cpu.jit import entry_point, kernel
 from numbaflash.cpu.record import address_of_array
-from numbaflash.cpu.standby import BOX_BYTES, await_items, offer, stand_by
+from numbaflash.cpu.standby import BOX_BYTES, await_items, count_asleep, offer, stand_by, work_together
 from numbaflash.cpu.task import Task, report_item, take_item, task_at
 from numbaflash.cpu.vector import store_int
 
@@ -52,25 +52,30 @@ def task_for(numbers: np.ndarray, scratch_bytes: int = ROOM) -> Task:
 
 def test_those_who_stand_by_get_the_task_and_those_who_sleep_are_to_be_woken_up() -> None:
     boxes, task = Boxes(ASLEEP, STANDING_BY, SOMEBODYS, ASLEEP, STANDING_BY), Task()
-    assert offer(boxes.address, 5, 3, task.address) == 1
+    assert count_asleep(boxes.address, 5, 3, 0) == 1
+    offer(boxes.address, 5, 3, task.address)
     assert boxes.words == [ASLEEP, task.address, SOMEBODYS, ASLEEP, task.address]
 
 
 @pytest.mark.parametrize(("wanted", "to_be_woken_up"), [(1, 1), (2, 2), (5, 2)])
 def test_nobody_is_woken_up_twice_or_for_those_at_work(wanted: int, to_be_woken_up: int) -> None:
-    boxes = Boxes(ASLEEP, SOMEBODYS, ASLEEP)
-    assert offer(boxes.address, 3, wanted, Task().address) == to_be_woken_up
+    assert count_asleep(Boxes(ASLEEP, SOMEBODYS, ASLEEP).address, 3, wanted, 0) == to_be_woken_up
+
+
+def test_nobody_is_woken_up_where_enough_stand_by() -> None:
+    assert count_asleep(Boxes(ASLEEP, STANDING_BY, STANDING_BY).address, 3, 1, 0) == 0
 
 
 def test_no_more_get_a_task_than_are_wanted() -> None:
     boxes, task = Boxes(STANDING_BY, STANDING_BY, STANDING_BY), Task()
-    assert offer(boxes.address, 3, 2, task.address) == 0
+    offer(boxes.address, 3, 2, task.address)
     assert boxes.words == [task.address, task.address, STANDING_BY]
 
 
 def test_a_helper_with_too_little_memory_is_to_look_for_the_task_elsewhere() -> None:
     boxes, task = Boxes(STANDING_BY, room=100), Task(scratch_bytes=101)
-    assert offer(boxes.address, 1, 1, task.address) == 1
+    assert count_asleep(boxes.address, 1, 1, 101) == 1
+    offer(boxes.address, 1, 1, task.address)
     assert boxes.words == [STANDING_BY]
 
 
@@ -80,6 +85,14 @@ def test_what_nobody_has_begun_is_taken_back_and_others_tasks_stay() -> None:
     offer(boxes.address, 4, 1, task.address)
     await_items(task.address, boxes.address, 4)
     assert boxes.words == [STANDING_BY, others.address, others.address + 1, ASLEEP]
+
+
+def test_items_that_could_not_be_taken_before_are_done_from_the_first_that_is_not_done() -> None:
+    numbers, scratch = np.full(5, -1), np.zeros(ROOM // 8, np.int64)
+    task = task_for(numbers)
+    task["items_done"], task["next_item"] = 2, task["items"]
+    work_together(task.address, address_of_array(scratch), Boxes(ASLEEP).address, 1, 1)
+    assert numbers.tolist() == [-1, -1, 2, 3, 4]
 
 
 def test_a_task_that_a_helper_still_reads_is_waited_for() -> None:
