@@ -74,7 +74,7 @@ class Schedule:
         self.twins: list[Twin] = []
         self.snapshots: dict[str, list[tuple[list[int], numbaflash.RingKVCache]]] = {}
         self.said: list[str] = []
-        self.losses = self.rng.choice([0.0, 0.1, 0.3])
+        self.losses = self.rng.choice([0.0, 0.2, 0.5])
         self.spill = self.rng.choice(["roomy", "roomy", "roomy", "tight", "none"])
         self.stops = self.rng.choice([0, 0, 1, 2])
         self.servers = 0

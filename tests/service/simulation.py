@@ -30,7 +30,6 @@ from numbaflash_service import backlog, engine, memory, servicer, sessions
 # How often a source is chosen beside another one: drawn for each when it is first met.
 PACES = [0.02, 0.1, 0.5, 1.0, 4.0]
 CLOCK_PACE = 0.01
-RUN_PACE = 4.0
 # More turns, or seconds, than any schedule takes that comes to an end.
 MOST_TURNS = 200_000
 MOST_SECONDS = 10_000.0
@@ -216,7 +215,7 @@ class Loop(asyncio.AbstractEventLoop):
                 paces.append(thread.pace)
         if self.ready:
             moves.append(self._run_next)
-            paces.append(RUN_PACE)
+            paces.append(self.pace("callbacks"))
         if self._timers:
             moves.append(self._move_the_clock)
             paces.append(CLOCK_PACE)

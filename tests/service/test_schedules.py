@@ -71,7 +71,7 @@ def run(seed: int, folder: Path, clients: int = 3, moves: int = 6) -> Schedule:
 
 def test_whatever_overlaps_nothing_is_lost_doubled_wrong_or_left(tmp_path: Path) -> None:
     first = 0 if settings.default.derandomize else random.randrange(1 << 32)
-    for seed in range(first, first + settings.default.max_examples):
+    for seed in range(first, first + settings.default.max_examples // 2):
         run(seed, tmp_path / "server")
 
 
