@@ -51,7 +51,7 @@ class Plan:
         pairs: Sequences times KV heads.
         panels: Of the longest sequence and one KV head.
         elements: Of all sequences' keys and values, for one head.
-        is_empty: Whether there is no output.
+        is_empty: Whether there is nothing to do.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Plan:
         numbers = scoring.scale, scoring.softcap
         self.task = _task_of_shape(q_shape, q_dtype, runs.dtype, sequences, tokens, kv_heads, *dims, *numbers).copy()
         self._keep_alive = visibility, scoring, q_bounds
-        self.is_empty = 0 in self.out_shape
+        self.is_empty = tokens == 0 or 0 in self.out_shape  # a packed batch may have tokens that are nobody's
         if not self.is_empty:
             self._describe(q_strides, visibility, scoring, q_bounds)
         if tokens <= SPLIT_KV_MAX_TOKENS and not self.is_empty:

@@ -74,6 +74,16 @@ def test_sequences_of_any_lengths_are_computed_one_behind_the_other(causal):
         np.testing.assert_allclose(lse[:, qa:qb], np.where(np.isneginf(want_lse[0]), np.inf, want_lse[0]), atol=1e-5)
 
 
+def test_tokens_behind_sequences_without_queries_see_nothing():
+    q, k = np.ones((2, 4, 16), np.float16), np.ones((5, 2, 16), np.float16)
+    nobody = np.int32([0, 0, 0])
+    out, lse, _ = flash_attn.flash_attn_varlen_func(
+        q, k, k, nobody, np.int32([0, 3, 5]), 0, 3, causal=True, return_attn_probs=True
+    )
+    assert not out.any()
+    assert np.isposinf(lse).all()
+
+
 def test_a_cache_is_read_up_to_its_lengths():
     q, k_cache, v_cache = dense(1, 40)
     k_cache[0, 30:] = v_cache[0, 30:] = np.nan
