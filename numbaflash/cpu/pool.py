@@ -116,9 +116,8 @@ class _Helpers:
         self._jobs: SimpleQueue[_Job] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._listing = threading.Condition()
-        self._cpus: set[int] = set()  # that helpers may use
-        self._given: set[int] = set()  # to the first of them, less the one that was left to the caller
-        self._left: int | None = None
+        self._cpus: set[int] = set()
+        self._left: int | None = None  # to the caller
         self._scratch_bytes = LEAST_SCRATCH  # the most that any task has wanted
         self._boxes = np.zeros(_MOST_HELPERS * BOX_BYTES, np.uint8)
 
@@ -146,25 +145,20 @@ class _Helpers:
             RuntimeError: The system has no more threads.
         """
         with self._listing:
-            if _current_cpu and not self._threads:
-                self._cpus = self._given = os.sched_getaffinity(0)  # threads inherit the caller's
             while (number := len(self._threads)) < count:
                 threading.Thread(target=self._work, name=f"numbaflash-{number}", daemon=True).start()
                 while len(self._threads) == number:
                     self._listing.wait()
-            self._left = None
+            if _current_cpu:
+                self._cpus, self._left = os.sched_getaffinity(0), None  # threads inherit it
 
     def _leave(self, cpu: int) -> None:
-        """Keep the helpers off a CPU, on the others that they were given; by somebody else, if so."""
         self._left = cpu
-        threads = [thread.native_id for thread in self._threads if thread.native_id]
-        with contextlib.suppress(OSError):  # where a sandbox forbids it, all is as slow as it was
-            if threads and (found := os.sched_getaffinity(threads[0])) != self._given:
-                self._cpus = found | os.sched_getaffinity(0)
-            if others := self._cpus - {cpu}:
-                for thread in threads:
-                    os.sched_setaffinity(thread, others)
-                self._given = others
+        if others := self._cpus - {cpu}:
+            with contextlib.suppress(OSError):  # where a sandbox forbids it, all is as slow as it was
+                for thread in self._threads:
+                    assert thread.native_id
+                    os.sched_setaffinity(thread.native_id, others)
 
     def _work(self) -> None:
         with self._listing:  # by itself: whoever starts it may be interrupted

@@ -65,25 +65,6 @@ def test_helpers_leave_the_callers_cpu_to_the_caller(monkeypatch: pytest.MonkeyP
     assert os.sched_getaffinity(0) == cpus
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be kept off a CPU here")
-def test_helpers_stay_on_the_cpus_that_are_left_to_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entry, "thread_count", lambda: 2)
-    arrays = qkv(1, 300, 2000, (4, 2), (64, 64))
-    solve(*arrays)
-    cpus = os.sched_getaffinity(0)
-    threads = [0, *(helper.native_id for helper in helpers())]
-    try:
-        for thread in threads:
-            os.sched_setaffinity(thread, {min(cpus)})
-        for cpu in (max(cpus) + 1, min(cpus)):  # a call on another CPU, and one on the only CPU that is left
-            monkeypatch.setattr(pool, "_current_cpu", lambda cpu=cpu: cpu)
-            solve(*arrays)
-        assert {frozenset(os.sched_getaffinity(thread)) for thread in threads} == {frozenset({min(cpus)})}
-    finally:
-        for thread in threads:
-            os.sched_setaffinity(thread, cpus)
-
-
 def test_a_small_problem_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool._Helpers, "run", lambda *_: pytest.fail("woke up a helper"))
     solve(*qkv(1, 1, 300, (9, 3), (64, 64)))
