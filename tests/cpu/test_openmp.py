@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _ctypes
 import subprocess
 import sys
 import threading
@@ -21,8 +22,10 @@ from numbaflash.integrations.torch import sdpa
 
 ANY = torch.empty(0)
 
+# What the code under test makes of it is not asked: where there are such threads, it has to find them.
 pytestmark = pytest.mark.skipif(
-    not isinstance(openmp.threads_for(ANY), openmp.Team), reason="this PyTorch has no threads of GCC's OpenMP"
+    sys.platform != "linux" or not torch.backends.openmp.is_available(),
+    reason="PyTorch has threads of GCC's OpenMP on Linux, where it was built with it",
 )
 
 
@@ -145,8 +148,15 @@ os._exit(0)
     assert done.stdout == "both", done.stderr
 
 
-def test_another_library_without_such_threads_has_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("where", "name", "what"),
+    [(torch.backends.openmp, "is_available", lambda: False), (torch._C, "__file__", _ctypes.__file__)],
+    ids=["built without it", "linked with another one"],
+)
+def test_a_pytorch_without_such_threads_has_helpers(
+    monkeypatch: pytest.MonkeyPatch, where: Any, name: str, what: Any
+) -> None:
     openmp._threads_of.cache_clear()
-    monkeypatch.setattr(torch.backends.openmp, "is_available", lambda: False)
+    monkeypatch.setattr(where, name, what)
     assert not isinstance(openmp.threads_for(ANY), openmp.Team)
     openmp._threads_of.cache_clear()

@@ -10,7 +10,7 @@ import pytest
 
 from numbaflash.cpu.jit import entry_point, kernel
 from numbaflash.cpu.record import address_of_array
-from numbaflash.cpu.standby import BOX_BYTES, await_items, count_asleep, offer, stand_by, work_together
+from numbaflash.cpu.standby import BOX_BYTES, STAND_BY_NS, await_items, count_asleep, offer, stand_by, work_together
 from numbaflash.cpu.task import Task, report_item, take_item, task_at
 from numbaflash.cpu.vector import store_int
 
@@ -112,10 +112,13 @@ def test_a_helper_does_what_it_is_offered_then_stands_by_for_more_and_goes_to_sl
     task = task_for(numbers)
     boxes = Boxes(task.address)
     before = time.monotonic_ns()
-    last_done = stand_by(boxes.address, address_of_array(scratch), ROOM)  # or later, where the CPU was taken from it
+    last_done = stand_by(boxes.address, address_of_array(scratch), ROOM)
+    now = time.monotonic_ns()
     assert boxes.words == [ASLEEP]
     assert numbers.tolist() == [0, 1, 2]
     assert last_done >= before
+    # It stood by; or the CPU was taken from it, and it is to give way until then.
+    assert last_done <= now - STAND_BY_NS or last_done > now
 
 
 def test_a_helper_who_is_offered_nothing_goes_to_sleep() -> None:

@@ -127,7 +127,7 @@ class Thread:
         try:
             if not self._loop.abandoned:
                 self._target()
-        except Exception as error:
+        except Exception as error:  # whatever it is: nobody but the schedule's end looks for it
             self._loop.faults.append(f"a thread ended with {error!r}")
         finally:
             self.ended = True
@@ -285,7 +285,7 @@ class Loop(asyncio.AbstractEventLoop):
         def run() -> None:
             try:
                 result, settle = function(*args), future.set_result
-            except Exception as error:
+            except Exception as error:  # whatever it is goes to whoever waits, as from any executor
                 result, settle = error, future.set_exception
             self.call_soon_threadsafe(lambda: None if future.done() else settle(result))
 
@@ -338,8 +338,7 @@ def simulated(seed: int) -> Iterator[Loop]:
         for module in (engine, memory, servicer, sessions):
             patch.setattr(module, "time", clock)
         patch.setattr(sessions, "secrets", SimpleNamespace(token_hex=lambda _: f"{next(numbers):032x}"))
-        thread = lambda target, name, daemon: Thread(loop, target, "engine")  # noqa: ARG005, E731
-        patch.setattr(engine, "threading", SimpleNamespace(Thread=thread))
+        patch.setattr(engine, "threading", SimpleNamespace(Thread=lambda target, **_: Thread(loop, target, "engine")))
         patch.setattr(backlog, "queue", SimpleNamespace(SimpleQueue=lambda: Queue(loop), Empty=queue.Empty))
         patch.setattr(os, "fsync", loop.sync)
         try:
