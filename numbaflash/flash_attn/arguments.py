@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import as_numpy
-from ..problem import MAX_HEAD_DIM, check_heads
+from ..problem import MAX_HEAD_DIM, Scoring, check_heads, describe_scoring
 
 __all__ = [
     "Window",
@@ -26,6 +26,7 @@ __all__ = [
     "integers",
     "kernel_window",
     "packed_parts",
+    "scoring",
     "slopes",
     "stored_lse",
 ]
@@ -156,6 +157,19 @@ def slopes(alibi_slopes: Any, batch: int, q_heads: int, q: Any) -> Any:
         )
     check_device("alibi_slopes", alibi_slopes, "q", q)
     return alibi_slopes
+
+
+def scoring(q: Any, batch: int, softmax_scale: float | None, softcap: Any, alibi_slopes: Any) -> Scoring:
+    """Describe how queries (..., heads, head_dim) of so many sequences are scored."""
+    heads, head_dim = q.shape[-2:]
+    return describe_scoring(
+        batch=batch,
+        q_heads=heads,
+        head_dim=head_dim,
+        scale=softmax_scale,
+        softcap=cap(softcap),
+        alibi_slopes=slopes(alibi_slopes, batch, heads, q),
+    )
 
 
 def integers(name: str, array: Any, shape: tuple[int, ...], template: Any) -> NDArray[np.int64]:

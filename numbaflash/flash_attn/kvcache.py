@@ -10,9 +10,7 @@ from numpy.typing import NDArray
 
 from ..arrays import as_numpy, like
 from ..cpu import attend_runs, readable, threads_for
-from ..problem import describe_scoring
 from .arguments import (
-    cap,
     check_arrays,
     check_axes,
     check_head_dim,
@@ -20,7 +18,7 @@ from .arguments import (
     integer,
     integers,
     kernel_window,
-    slopes,
+    scoring,
     stored_lse,
 )
 from .gradients import forward_only
@@ -99,7 +97,7 @@ def flash_attn_with_kvcache(
             raise ValueError(f"num_splits must be at most {_MAX_SPLITS}, got {num_splits}")
         cache = _Cache(q, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
         queries = as_numpy(q, "q")
-        batch, q_tokens, heads, head_dim = queries.shape
+        batch, q_tokens, _, head_dim = queries.shape
         window = kernel_window(window_size, causal, cache.capacity)
         new = None
         if k is not None:
@@ -116,16 +114,9 @@ def flash_attn_with_kvcache(
         parts = [cache.runs(), *([] if new is None else [cache.new_runs(*new)])]
         runs = join_runs(parts, batch, cache.keys, cache.values)
         visible = visibility(q_tokens, cache.visible + (0 if new is None else new[0].shape[1]), window)
-        scoring = describe_scoring(
-            batch=batch,
-            q_heads=heads,
-            head_dim=head_dim,
-            scale=softmax_scale,
-            softcap=cap(softcap),
-            alibi_slopes=slopes(alibi_slopes, batch, heads, q),
-        )
+        scored = scoring(q, batch, softmax_scale, softcap, alibi_slopes)
         with threads_for(q):
-            out, lse = attend_runs(queries, runs, visible, scoring)
+            out, lse = attend_runs(queries, runs, visible, scored)
         if new is not None:
             cache.write(*new)
         return (like(q, out), like(q, stored_lse(lse))) if return_softmax_lse else like(q, out)

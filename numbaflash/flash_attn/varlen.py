@@ -9,9 +9,7 @@ from numpy.typing import NDArray
 
 from ..arrays import as_numpy, like
 from ..cpu import attend_runs, readable, threads_for
-from ..problem import describe_scoring
 from .arguments import (
-    cap,
     check_arrays,
     check_axes,
     check_head_dim,
@@ -21,7 +19,7 @@ from .arguments import (
     integers,
     kernel_window,
     packed_parts,
-    slopes,
+    scoring,
     stored_lse,
 )
 from .gradients import forward_only
@@ -109,17 +107,10 @@ def flash_attn_varlen_func(
             k_start, v_start = (kv_bounds[:-1] * array.strides[0] for array in (keys, values))
             runs = sequence_runs(keys, values, k_start, v_start, np.zeros(batch, np.int64), kv_tokens)
         window = kernel_window(window_size, causal, integer("max_seqlen_k", max_seqlen_k))
-        scoring = describe_scoring(
-            batch=batch,
-            q_heads=heads,
-            head_dim=head_dim,
-            scale=softmax_scale,
-            softcap=cap(softcap),
-            alibi_slopes=slopes(alibi_slopes, batch, heads, q),
-        )
+        scored = scoring(q, batch, softmax_scale, softcap, alibi_slopes)
         joined, visible = join_runs([runs], batch, keys, values), visibility(q_tokens, kv_tokens, window)
         with threads_for(q):
-            out, lse = attend_runs(queries, joined, visible, scoring, q_bounds)
+            out, lse = attend_runs(queries, joined, visible, scored, q_bounds)
         if q_bounds[-1] < total:
             out[q_bounds[-1] :], lse[:, q_bounds[-1] :] = 0, -np.inf
         if not return_attn_probs:
